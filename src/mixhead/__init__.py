@@ -1,0 +1,28 @@
+"""Mixture-of-head attention: heads that are chosen per token, and that cost nothing when they are not."""
+
+from mixhead import ops
+from mixhead.convert import MoHConfig, convert, revert
+from mixhead.errors import MixheadError
+from mixhead.interop import from_official
+from mixhead.models.hugging_face import RoutingLog, RoutingTrace, record_routing, register_with_transformers
+from mixhead.nn import MixtureOfHeadAttention
+from mixhead.routing import Routing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MixheadError",
+    "MixtureOfHeadAttention",
+    "MoHConfig",
+    "Routing",
+    "RoutingLog",
+    "RoutingTrace",
+    "convert",
+    "from_official",
+    "ops",
+    "record_routing",
+    "revert",
+]
+
+# The one thing done at import: transformers can only load a model type that it has been told about.
+register_with_transformers()

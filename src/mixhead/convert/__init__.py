@@ -1,0 +1,6 @@
+"""Any Hugging Face model to mixture-of-head attention and back."""
+
+from mixhead.convert.config import MoHConfig
+from mixhead.convert.swap import convert, revert
+
+__all__ = ["MoHConfig", "convert", "revert"]

@@ -1,0 +1,88 @@
+"""`convert` and `revert`: a Hugging Face model becomes mixture-of-head, and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, TypeVar, cast
+
+from transformers import PreTrainedModel
+
+from mixhead.convert.config import MoHConfig
+from mixhead.errors import MixheadError
+from mixhead.models.hugging_face import (
+    AttentionSite,
+    LayerHeads,
+    MoHModelMixin,
+    attach_router,
+    attach_routers,
+    detach_router,
+    find_sites,
+    moh_config_class,
+    moh_model_class,
+    register_models,
+    register_with_transformers,
+)
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def convert(model: Model, config: MoHConfig | None = None) -> Model:
+    """Turns a Hugging Face model into its mixture-of-head form, in place, and returns it.
+
+    Every attention module that dispatches through the attention interface of transformers gets a router; layers whose
+    heads are all active stay as they are, so that `active=1.0` computes the same bits as before. The weights are kept.
+    An untrained "linear" router chooses at random: call `mixhead.calibrate` next.
+
+    Args:
+        model: any model of transformers; it keeps its identity, its class becomes `MoH<its class>`.
+        config: how many heads are active and shared, and which router decides.
+
+    Raises:
+        MixheadError: where the architecture cannot be converted, or the configuration does not fit it.
+    """
+    config = MoHConfig() if config is None else config
+    if isinstance(model, MoHModelMixin):
+        raise MixheadError(f"{type(model).__name__} is converted already: call mixhead.revert on it first.")
+    if not isinstance(model, PreTrainedModel):
+        raise MixheadError(f"mixhead.convert takes a model of transformers, but this is a {type(model).__name__}.")
+    sites = find_sites(model)
+    layers = config.resolve([site.num_heads for site in sites], [site.num_key_value_heads for site in sites])
+    register_with_transformers()
+    original_attention = model.config._attn_implementation
+    config_class = moh_config_class(type(model.config))
+    register_models(config_class)
+    model_class = moh_model_class(type(model))
+    # The modules hold references to the model and its configuration, so both change their class in place.
+    model.config.__class__ = config_class
+    model.config.moh = {
+        "router": config.router,
+        "group_balanced": config.group_balanced,
+        "balance_coefficient": config.balance_coefficient,
+        "layers": [asdict(layer) for layer in layers],
+        "original_attention": original_attention,
+    }
+    model.__class__ = model_class  # type: ignore[assignment]
+    attach_routers(model)
+    return model
+
+
+def set_layer_heads(site: AttentionSite, model: PreTrainedModel, index: int, heads: LayerHeads) -> None:
+    """Gives one layer of a converted model another number of active and shared heads, with a fresh router."""
+    detach_router(site.module)
+    attach_router(site, heads, model.config.moh)
+    model.config.moh["layers"][index] = asdict(heads)
+
+
+def revert(model: Any) -> Any:
+    """Takes the routers off a converted model, in place: the original class, configuration and attention again."""
+    if not isinstance(model, MoHModelMixin):
+        raise MixheadError(f"{type(model).__name__} is no converted model, so there is nothing to revert.")
+    model = cast(Any, model)
+    for site in find_sites(model):
+        detach_router(site.module)
+    original_attention = model.config.moh["original_attention"]
+    del model.config.moh
+    model.config.__class__ = model.config.base_config_class
+    model.__class__ = model.base_model_class
+    model.set_attn_implementation(original_attention)
+    return model

@@ -1,0 +1,34 @@
+"""Any attention model of transformers as a mixture-of-head model."""
+
+from mixhead.models.hugging_face.attention import moh_attention_forward
+from mixhead.models.hugging_face.model import (
+    LayerHeads,
+    MoHModelMixin,
+    attach_router,
+    attach_routers,
+    detach_router,
+    moh_config_class,
+    moh_model_class,
+    register_models,
+    register_with_transformers,
+)
+from mixhead.models.hugging_face.sites import AttentionSite, find_sites
+from mixhead.models.hugging_face.trace import RoutingLog, RoutingTrace, record_routing
+
+__all__ = [
+    "AttentionSite",
+    "LayerHeads",
+    "MoHModelMixin",
+    "RoutingLog",
+    "RoutingTrace",
+    "attach_router",
+    "attach_routers",
+    "detach_router",
+    "find_sites",
+    "moh_attention_forward",
+    "moh_config_class",
+    "moh_model_class",
+    "record_routing",
+    "register_models",
+    "register_with_transformers",
+]

@@ -1,0 +1,248 @@
+"""Classes of converted models and of their configurations, made from any class of transformers.
+
+A converted `LlamaForCausalLM` is a `MoHLlamaForCausalLM`: the same class with routers at its attention modules and the
+balance loss in its training loss. Its configuration has the `model_type` "mixhead", and the file keeps the original
+configuration one level down beside a poisoned field, so that a loader that does not know mixhead fails loudly instead
+of running all heads.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from mixhead.models.hugging_face.attention import ATTENTION, hand_down_hidden_states, register_attention
+from mixhead.models.hugging_face.sites import AttentionSite, find_sites
+from mixhead.models.hugging_face.trace import RoutingTrace
+from mixhead.errors import MixheadError
+from mixhead.nn import make_router
+from mixhead.routing import BinaryRouter, TwoStageRouter
+
+MODEL_TYPE = "mixhead"
+# Every configuration class turns the keys of this field into numbers: one that is none stops, with its own text, any
+# loader that ignores the model type.
+POISONED_FIELD = "id2label"
+POISON = {"This is a mixhead checkpoint: `import mixhead` and load it with an Auto class of transformers.": ""}
+
+
+@dataclass(frozen=True)
+class LayerHeads:
+    """How many heads one attention layer has, uses per token, and shares among all tokens."""
+
+    num_heads: int
+    active_heads: int
+    shared_heads: int
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token uses every head, so that there is nothing to route."""
+        return self.active_heads == self.num_heads
+
+
+class MixheadConfig(PreTrainedConfig):
+    """What transformers finds behind the model type "mixhead": it reads the file and hands over to the right class."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration of the class that the checkpoint names."""
+        base_model_type = config_dict.get("base_model_type")
+        if base_model_type not in CONFIG_MAPPING:
+            raise MixheadError(
+                f"This mixhead checkpoint was made from a model of type {base_model_type!r}, which the installed "
+                "transformers does not know: install the version named in its config.json or a later one."
+            )
+        return moh_config_class(CONFIG_MAPPING[base_model_type]).from_dict(config_dict, **kwargs)
+
+
+class MoHConfigMixin:
+    """What a configuration needs to describe a converted model: `moh`, and its own form in the file."""
+
+    model_type = MODEL_TYPE
+    base_config_class: ClassVar[type[PreTrainedConfig]]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Reads the nested form of the file, and the flat one that `to_dict` gives."""
+        if "base_config" in config_dict:
+            outer = {k: v for k, v in config_dict.items() if k not in ("base_config", POISONED_FIELD)}
+            config_dict = {**config_dict["base_config"], **outer}
+        flat = {k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")}
+        register_models(cls)
+        return super().from_dict(flat, **kwargs)  # type: ignore[misc]
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The form of the file; see the head of this module."""
+        flat = json.loads(super().to_json_string(use_diff=use_diff))  # type: ignore[misc]
+        outer = {key: flat.pop(key) for key in ("architectures", "moh", "transformers_version") if key in flat}
+        flat.pop("model_type", None)
+        nested = {
+            "model_type": MODEL_TYPE,
+            "base_model_type": self.base_config_class.model_type,
+            "base_config": flat,
+            POISONED_FIELD: POISON,
+            **outer,
+        }
+        return json.dumps(nested, indent=2, sort_keys=True) + "\n"
+
+
+class MoHModelMixin:
+    """What a converted model does beyond its base class."""
+
+    base_model_class: ClassVar[type[PreTrainedModel]]
+    config: Any
+    training: bool
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        assert isinstance(self, PreTrainedModel)
+        attach_routers(self)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, BinaryRouter | TwoStageRouter):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+def forward_with_balance_loss(base_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a converted model: in training the balance loss joins the loss, exactly once."""
+
+    @functools.wraps(base_forward)
+    def forward(self: Any, *args: Any, routing_trace: RoutingTrace | None = None, **kwargs: Any) -> Any:
+        if not self.training and routing_trace is None:
+            return base_forward(self, *args, **kwargs)
+        trace = RoutingTrace() if routing_trace is None else routing_trace
+        outputs = base_forward(self, *args, routing_trace=trace, **kwargs)
+        loss = getattr(outputs, "loss", None)
+        if self.training and loss is not None:
+            outputs.loss = loss + balance_term(self, trace, kwargs).to(loss)
+        return outputs
+
+    signature = inspect.signature(base_forward)
+    parameters = list(signature.parameters.values())
+    trace_parameter = inspect.Parameter("routing_trace", inspect.Parameter.KEYWORD_ONLY, default=None)
+    last = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    # generate() and the Trainer read the signature to learn what the model accepts.
+    forward.__signature__ = signature.replace(parameters=[*parameters[:last], trace_parameter, *parameters[last:]])  # type: ignore[attr-defined]
+    return forward
+
+
+def balance_term(model: Any, trace: RoutingTrace, kwargs: dict[str, Any]) -> Tensor:
+    """What the balance loss adds to the loss of this forward call, a 0-d tensor.
+
+    The `Trainer` hands over `num_items_in_batch`, the number of targets of the whole optimizer step, and expects each
+    micro-batch to return its share of the step's mean; the balance loss is shared out the same way, or it would count
+    once per micro-batch.
+    """
+    coefficient = model.config.moh["balance_coefficient"]
+    balance = trace.balance_loss()
+    if balance is None:
+        if not trace.layers and any(router is not None for router in routers(model)):
+            raise MixheadError(
+                f"No routing reached the loss of {type(model).__name__}: its modules do not pass keyword arguments on "
+                "to their attention, so its balance loss cannot be computed."
+            )
+        return torch.zeros(())
+    items = kwargs.get("num_items_in_batch")
+    labels = kwargs.get("labels")
+    if items is None or labels is None:
+        return coefficient * balance
+    shifted = "shift_labels" not in kwargs and shifts_labels(model)
+    targets = (labels[..., 1:] if shifted else labels).ne(-100).sum()
+    return coefficient * balance * targets / items
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether the model's loss predicts the next token, so that the first label is never a target."""
+    return "ForCausalLM" in model.loss_type if isinstance(getattr(model, "loss_type", None), str) else False
+
+
+def routers(model: nn.Module) -> list[nn.Module | None]:
+    """The router of every attention module, None where all heads are active."""
+    return [m.moh_router for m in model.modules() if hasattr(m, "moh_name") and hasattr(m, "moh_router")]  # type: ignore[misc]
+
+
+@functools.cache
+def moh_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The configuration class of models converted from `base`'s."""
+    return type(f"MoH{base.__name__}", (MoHConfigMixin, base), {"base_config_class": base, "model_type": MODEL_TYPE, "__module__": __name__})
+
+
+@functools.cache
+def moh_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of models converted from `base`."""
+    assert base.config_class is not None
+    members = {
+        "base_model_class": base,
+        "config_class": moh_config_class(base.config_class),
+        "forward": forward_with_balance_loss(base.forward),
+        "__module__": __name__,
+    }
+    return type(f"MoH{base.__name__}", (MoHModelMixin, base), members)
+
+
+@functools.cache
+def register_models(config_class: type[PreTrainedConfig]) -> None:
+    """Makes every Auto class that knows the original configuration know the converted one too."""
+    base_config_class = config_class.base_config_class  # type: ignore[attr-defined]
+    for auto_class in vars(modeling_auto).values():
+        mapping = getattr(auto_class, "_model_mapping", None)
+        if not inspect.isclass(auto_class) or mapping is None or base_config_class not in mapping:
+            continue
+        model_class = mapping[base_config_class]
+        if isinstance(model_class, type):
+            auto_class.register(config_class, moh_model_class(model_class), exist_ok=True)
+
+
+def register_with_transformers() -> None:
+    """Lets `AutoConfig` and the Auto model classes load converted checkpoints; called by `import mixhead`."""
+    AutoConfig.register(MODEL_TYPE, MixheadConfig, exist_ok=True)
+    register_attention()
+
+
+def attach_routers(model: PreTrainedModel) -> None:
+    """Gives every attention module the router that `config.moh` describes, and turns the model to our attention."""
+    moh = model.config.moh
+    sites = find_sites(model)
+    if len(sites) != len(moh["layers"]):
+        raise MixheadError(
+            f"The configuration describes {len(moh['layers'])} attention layers, but the model has {len(sites)}."
+        )
+    for site, layer in zip(sites, moh["layers"], strict=True):
+        attach_router(site, LayerHeads(**layer), moh)
+    model.set_attn_implementation(ATTENTION)
+
+
+def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -> None:
+    """One attention module becomes one that routes; with all heads active it stays as it is."""
+    module = site.module
+    module.moh_name = site.name  # type: ignore[assignment]
+    module.moh_router = None  # type: ignore[assignment]
+    module.moh_hook = module.register_forward_pre_hook(hand_down_hidden_states, with_kwargs=True)  # type: ignore[assignment]
+    if heads.is_dense:
+        return
+    num_groups = site.num_key_value_heads if moh["group_balanced"] else 1
+    top_k = heads.active_heads - heads.shared_heads
+    router = make_router(moh["router"], site.hidden_size, heads.num_heads, heads.shared_heads, top_k, num_groups)
+    weight = site.output_projection.weight
+    module.moh_router = router.to(device=weight.device, dtype=weight.dtype)  # type: ignore[union-attr,arg-type]
+    router.train(module.training)
+
+
+def detach_router(module: nn.Module) -> None:
+    """Takes back what `attach_router` did."""
+    module.moh_hook.remove()  # type: ignore[union-attr,operator]
+    for attribute in ("moh_name", "moh_router", "moh_hook"):
+        delattr(module, attribute)

@@ -1,0 +1,5 @@
+"""Attention layers: plain modules to put into any model."""
+
+from mixhead.nn.moh import KeyValueCache, MixtureOfHeadAttention, make_router
+
+__all__ = ["KeyValueCache", "MixtureOfHeadAttention", "make_router"]

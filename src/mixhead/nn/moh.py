@@ -1,0 +1,155 @@
+"""`MixtureOfHeadAttention`: multi-head attention whose heads are chosen per token, a plain module for any model.
+
+Shape legend: B batch, N queries, T keys, C hidden size, H query heads, K key-value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from mixhead.errors import MixheadError
+from mixhead.ops import head_attention
+from mixhead.routing import LinearRouter, QueryNormRouter, Routing, TwoStageRouter
+
+
+class KeyValueCache(Protocol):
+    """What `past_key_values` must be able to do; every cache of transformers is one."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Appends keys and values [B, K, N, D] of one layer and returns all of that layer, [B, K, T, D]."""
+        ...
+
+
+ROUTERS = ("two_stage", "query_norm", "linear")
+
+
+class MixtureOfHeadAttention(nn.Module):
+    """Mixture-of-head attention (MoH, arXiv 2410.11842, eq. 4) for self- and cross-attention.
+
+    Args:
+        hidden_size: C, width of the queries' hidden states and of the output.
+        num_heads: H query heads.
+        shared_heads: how many heads every token uses (the first ones).
+        top_k: how many of the others each token uses.
+        num_key_value_heads: K, a divisor of H (grouped-query attention); H by default.
+        head_dim: D; hidden_size / num_heads by default.
+        key_value_size: width of the states that keys and values come from; `hidden_size` by default.
+        bias: whether the query, key and value projections have a bias; the output projection always has one.
+        router: "two_stage" (learned, weighted gates), "query_norm" (no parameters, 0 / 1) or "linear" (0 / 1).
+        group_balanced: equally many active heads in every key-value group ("query_norm" and "linear" only).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        shared_heads: int,
+        top_k: int,
+        *,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        key_value_size: int | None = None,
+        bias: bool = True,
+        router: str = "two_stage",
+        group_balanced: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "head_dim": head_dim,
+            "key_value_size": key_value_size,
+        }
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise MixheadError(f"{name} must be at least 1, got {size}.")
+        if head_dim is None and hidden_size % num_heads:
+            raise MixheadError(
+                f"hidden_size={hidden_size} is no multiple of num_heads={num_heads}: give head_dim explicitly."
+            )
+        self.num_heads = num_heads
+        self.num_key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        if num_heads % self.num_key_value_heads:
+            raise MixheadError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide num_heads={num_heads}."
+            )
+        key_value_size = hidden_size if key_value_size is None else key_value_size
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(key_value_size, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(key_value_size, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size)
+        num_groups = self.num_key_value_heads if group_balanced else 1
+        self.router = make_router(router, hidden_size, num_heads, shared_heads, top_k, num_groups)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        token_mask_BN: Tensor | None = None,
+        causal: bool = False,
+        past_key_values: KeyValueCache | None = None,
+        layer_idx: int = 0,
+        return_routing: bool = False,
+        impl: str = "auto",
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """Attends from `hidden_states` to `key_value_states`, or to itself where there are none.
+
+        Args:
+            hidden_states: [B, N, C].
+            key_value_states: [B, T, key_value_size] for cross-attention.
+            attn_mask: bool (True = may attend) or floating, broadcastable to [B, H, N, T].
+            token_mask_BN: bool, False at padded queries: they do not count in the routing's loss and statistics.
+            causal: every query sees the keys up to its own position.
+            past_key_values: a cache that keys and values are appended to (self-attention only).
+            layer_idx: this layer's place in the cache.
+            return_routing: whether to return the `Routing` beside the output.
+            impl: the engine, see `mixhead.ops.head_attention`.
+
+        Returns:
+            The output [B, N, C], or (output, routing).
+        """
+        if past_key_values is not None and key_value_states is not None:
+            raise MixheadError("past_key_values goes with self-attention: give either it or key_value_states.")
+        self._check_states("hidden_states", hidden_states, self.q_proj.in_features)
+        if key_value_states is not None:
+            self._check_states("key_value_states", key_value_states, self.k_proj.in_features)
+        source = hidden_states if key_value_states is None else key_value_states
+        q_BHND = self._split_heads(self.q_proj(hidden_states))
+        k_BKTD = self._split_heads(self.k_proj(source))
+        v_BKTD = self._split_heads(self.v_proj(source))
+        if past_key_values is not None:
+            k_BKTD, v_BKTD = past_key_values.update(k_BKTD, v_BKTD, layer_idx)
+        routing = self.router(hidden_states, q_BHND, token_mask_BN)
+        out_BHND = head_attention(q_BHND, k_BKTD, v_BKTD, routing, causal=causal, attn_mask=attn_mask, impl=impl)
+        output_BNC = self.o_proj(out_BHND.transpose(1, 2).flatten(2))
+        return (output_BNC, routing) if return_routing else output_BNC
+
+    @staticmethod
+    def _check_states(name: str, states_BNC: Tensor, size: int) -> None:
+        if states_BNC.dim() != 3 or states_BNC.shape[-1] != size:
+            raise MixheadError(f"{name} must be [batch, tokens, {size}], got {list(states_BNC.shape)}.")
+
+    def _split_heads(self, states_BNX: Tensor) -> Tensor:
+        return states_BNX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def make_router(
+    kind: str, hidden_size: int, num_heads: int, shared_heads: int, top_k: int, num_groups: int = 1
+) -> nn.Module:
+    """The router of that kind; see `mixhead.routing.routers` for what each does."""
+    if kind not in ROUTERS:
+        raise MixheadError(f"router={kind!r} is unknown: choose one of {', '.join(ROUTERS)}.")
+    if kind == "two_stage":
+        if num_groups > 1:
+            raise MixheadError("The two-stage router cannot be group-balanced: choose 'linear' or 'query_norm'.")
+        return TwoStageRouter(hidden_size, num_heads, shared_heads, top_k)
+    if kind == "query_norm":
+        return QueryNormRouter(num_heads, shared_heads, shared_heads + top_k, num_groups)
+    return LinearRouter(hidden_size, num_heads, shared_heads, shared_heads + top_k, num_groups)
+

@@ -1,0 +1,179 @@
+"""`head_attention`: checks its arguments, picks an implementation, and says why.
+
+The name is the mathematics, `impl` is the engine. An engine is one file with one function `attend`; a faster one comes
+in by adding its file and a line to `IMPLEMENTATIONS`, and a reason to `explain`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mixhead.errors import MixheadError
+from mixhead.ops import dense, gathered, reference
+from mixhead.routing import Routing
+
+
+class Attend(Protocol):
+    """What an implementation is: checked arguments in, [B, H, N, D] out."""
+
+    def __call__(
+        self,
+        q_BHND: Tensor,
+        k_BKTD: Tensor,
+        v_BKTD: Tensor,
+        gates_BNH: Tensor,
+        selected_BNH: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        attn_mask: Tensor | None,
+    ) -> Tensor: ...
+
+
+IMPLEMENTATIONS: dict[str, Attend] = {
+    "reference": reference.attend,
+    "dense": dense.attend,
+    "gathered": gathered.attend,
+}
+
+# Measured with `benchmarks/attention.py` on CPUs with AVX-512 (table in benchmarks/results): where gathering begins to
+# beat the stock kernel on all heads, without a mask.
+GATHER_MIN_QUERIES = 512
+GATHER_MAX_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which implementation runs, and why, in a sentence."""
+
+    impl: str
+    reason: str
+
+
+def head_attention(
+    q_BHND: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    routing: Routing,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of exactly the heads that each token selected, times their gates (MoH, arXiv 2410.11842, eq. 4).
+
+    Args:
+        q_BHND: queries of all heads; rows of heads that are not selected are never read into the result.
+        k_BKTD: keys; K divides H, and each run of H / K query heads shares one key-value head.
+        v_BKTD: values, of the same shape as the keys.
+        routing: gates and selected heads, [B, N, H]. The gradient of a gate is defined at selected heads only.
+        causal: a query sees the keys up to its own position; the last query sees the last key (N may differ from T).
+        scale: factor of the scores; 1 / sqrt(D) by default.
+        attn_mask: bool (True = may attend) or floating (added to the scores), broadcastable to [B, H, N, T].
+        impl: "auto" or one of `IMPLEMENTATIONS`.
+
+    Returns:
+        [B, H, N, D] in the dtype of `q_BHND` (under autocast in its dtype, as from scaled_dot_product_attention): zero
+        where a head is not selected or may attend to nothing.
+
+    Raises:
+        MixheadError: where shapes, dtypes or the name of the implementation do not fit.
+    """
+    q_BHND, k_BKTD, v_BKTD = autocast_together(q_BHND, k_BKTD, v_BKTD)
+    check_arguments(q_BHND, k_BKTD, v_BKTD, routing, attn_mask)
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q_BHND.dtype)
+    if impl == "auto":
+        impl = explain(q_BHND, k_BKTD, routing, causal=causal, attn_mask=attn_mask).impl
+    if impl not in IMPLEMENTATIONS:
+        raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(IMPLEMENTATIONS)}.")
+    if q_BHND.numel() == 0 or k_BKTD.numel() == 0:
+        impl = "reference"  # Nothing to compute; kernels may refuse sizes of 0.
+    return IMPLEMENTATIONS[impl](
+        q_BHND,
+        k_BKTD,
+        v_BKTD,
+        routing.gates_BNH.to(q_BHND.dtype),
+        routing.selected_BNH,
+        causal=causal,
+        scale=max(q_BHND.shape[-1], 1) ** -0.5 if scale is None else scale,
+        attn_mask=attn_mask,
+    )
+
+
+def explain(
+    q_BHND: Tensor, k_BKTD: Tensor, routing: Routing, *, causal: bool = False, attn_mask: Tensor | None = None
+) -> Choice:
+    """Which implementation `impl="auto"` takes for these arguments, and why."""
+    if q_BHND.numel() == 0 or k_BKTD.numel() == 0:
+        return Choice("reference", "there is nothing to compute: there are no queries or no keys")
+    if torch.compiler.is_compiling():
+        return Choice("dense", "torch.compile needs static shapes, and the stock kernel has them")
+    if q_BHND.device.type != "cpu":
+        return Choice("dense", f"counting selected heads would make the {q_BHND.device.type} device wait for the host")
+    if causal or attn_mask is not None:
+        return Choice("dense", "under a mask the stock kernel on all heads is faster than gathered queries")
+    if q_BHND.shape[2] < GATHER_MIN_QUERIES:
+        return Choice("dense", f"with {q_BHND.shape[2]} queries (fewer than {GATHER_MIN_QUERIES}) gathering does not pay")
+    largest_share = float(routing.selected_BNH.float().mean(1).max())
+    if largest_share > GATHER_MAX_SHARE:
+        return Choice("dense", f"one head is selected by {largest_share:.0%} of the tokens, so gathering does not pay")
+    return Choice("gathered", f"the busiest head is selected by {largest_share:.0%} of the tokens: the rest is skipped")
+
+
+def check_arguments(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None) -> None:
+    """Raises a `MixheadError` that names the argument, the expected shape and the one received."""
+    for name, tensor in (("q_BHND", q_BHND), ("k_BKTD", k_BKTD), ("v_BKTD", v_BKTD)):
+        if tensor.dim() != 4:
+            raise MixheadError(f"{name} must have 4 dimensions [batch, heads, tokens, head_dim], got {list(tensor.shape)}.")
+        if tensor.dtype != q_BHND.dtype:
+            raise MixheadError(f"{name} is {tensor.dtype}, but q_BHND is {q_BHND.dtype}: they must have one dtype.")
+    batch, heads, queries, head_dim = q_BHND.shape
+    kv_heads, keys = k_BKTD.shape[1], k_BKTD.shape[2]
+    if k_BKTD.shape != (batch, kv_heads, keys, head_dim) or kv_heads == 0 or heads % kv_heads:
+        raise MixheadError(
+            f"k_BKTD must be [{batch}, K, T, {head_dim}] with K dividing the {heads} query heads, "
+            f"got {list(k_BKTD.shape)}."
+        )
+    if v_BKTD.shape != k_BKTD.shape:
+        raise MixheadError(f"v_BKTD must have the shape of k_BKTD, {list(k_BKTD.shape)}, got {list(v_BKTD.shape)}.")
+    for name, tensor in (("gates_BNH", routing.gates_BNH), ("selected_BNH", routing.selected_BNH)):
+        if tensor.shape != (batch, queries, heads):
+            raise MixheadError(f"routing.{name} must be [{batch}, {queries}, {heads}], got {list(tensor.shape)}.")
+    if routing.selected_BNH.dtype != torch.bool:
+        raise MixheadError(f"routing.selected_BNH must be torch.bool, got {routing.selected_BNH.dtype}.")
+    if attn_mask is None:
+        return
+    if not broadcasts_to(attn_mask.shape, (batch, heads, queries, keys)):
+        raise MixheadError(
+            f"attn_mask must broadcast to [{batch}, {heads}, {queries}, {keys}], got {list(attn_mask.shape)}."
+        )
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise MixheadError(
+            "attn_mask must be torch.bool (True = may attend) or floating point (added to the scores), "
+            f"got {attn_mask.dtype}."
+        )
+
+
+def autocast_together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast all in its dtype, as scaled_dot_product_attention takes them; without it they stay as they are.
+
+    A rotary embedding may have brought queries and keys back to float32 where the values are in half precision.
+    """
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def broadcasts_to(shape: torch.Size, target: tuple[int, ...]) -> bool:
+    """Whether a tensor of `shape` can be expanded to `target`."""
+    padded = (1,) * (len(target) - len(shape)) + tuple(shape)
+    return len(padded) == len(target) and all(a in (1, b) for a, b in zip(padded, target, strict=True))

@@ -1,0 +1,51 @@
+"""The stock kernel on all heads, then the gates: what every machine has, and what sparsity has to beat."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixhead.ops.masks import causal_mask_NT
+
+
+def attend(
+    q_BHND: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    gates_BNH: Tensor,
+    selected_BNH: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    attn_mask: Tensor | None,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` of every head, then gated; same result as the reference, no N x T tensor."""
+    num_queries, num_keys = q_BHND.shape[2], k_BKTD.shape[2]
+    is_causal = causal and attn_mask is None and num_queries == num_keys
+    if causal and not is_causal:
+        attn_mask = with_causal(attn_mask, num_queries, num_keys, q_BHND.device)
+    out_BHND = F.scaled_dot_product_attention(
+        q_BHND,
+        k_BKTD,
+        v_BKTD,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=q_BHND.shape[1] != k_BKTD.shape[1],
+    )
+    gates_BHN1 = gates_BNH.transpose(1, 2).unsqueeze(-1)
+    selected_BHN1 = selected_BNH.transpose(1, 2).unsqueeze(-1)
+    return torch.where(selected_BHN1, out_BHND * gates_BHN1, 0.0)
+
+
+def with_causal(attn_mask: Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
+    """The mask joined with the causal one. A single query sees every key, so nothing has to be joined for it."""
+    if num_queries == 1:
+        return attn_mask
+    causal_NT = causal_mask_NT(num_queries, num_keys, device)
+    if attn_mask is None:
+        return causal_NT
+    if attn_mask.dtype == torch.bool:
+        return attn_mask & causal_NT
+    return attn_mask.masked_fill(~causal_NT, -torch.inf)

@@ -1,0 +1,83 @@
+"""What every test shares: no network, two threads, one seed, the golden cases."""
+
+import os
+
+# Before any import that reads them. No test may reach for a hub, and the tokenizers' threads would only
+# warn about the processes that some tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# As many threads everywhere, so that sums are made in the same order on a laptop and on a large server.
+torch.set_num_threads(2)
+
+# The same examples in each run: a red build can be repeated. No deadline: the first call of a kernel is slow.
+hypothesis.settings.register_profile("mixhead", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("mixhead")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test starts from the same random state, in whatever order the tests run."""
+    value = 0
+    random.seed(value)
+    numpy.random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One case computed by a published implementation. `tests/golden/README.md` says what each holds."""
+
+    name: str
+    entry: dict[str, Any]  # as it stands in index.json
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration under the published argument names."""
+        return dict(self.entry.get("config", self.entry))
+
+    @property
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights under the published parameter names."""
+        return self._under("w.")
+
+    @property
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The gradients, by the name of the parameter or input that they belong to."""
+        return self._under("grad.")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def _under(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    """`golden("moh_dit_attention_0")` loads that case. Fresh tensors each time: a test may change them."""
+    index = json.loads((GOLDEN / "index.json").read_text(encoding="utf-8"))
+
+    def load(name: str) -> Golden:
+        if name not in index:
+            raise KeyError(f"There is no golden case {name!r}. The cases are: {', '.join(sorted(index))}.")
+        return Golden(name, index[name], load_file(GOLDEN / f"{name}.safetensors"))
+
+    return load

@@ -1,0 +1,274 @@
+"""The house stands as `docs/architecture.md` draws it.
+
+A rule that nothing checks is a wish. These tests read the sources (with ast, so that an import hidden in a
+function counts as well) and say which line breaks which rule.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "mixhead"
+
+# From the ground up. A room imports only rooms below it.
+ROOMS = ("routing", "ops", "nn", "models", "interop", "convert", "tasks", "report", "cli")
+
+# Libraries that a room must know nothing of. The ground floor is plain PyTorch: it can be used, tested and
+# compiled without a model library.
+STRANGERS = {
+    "routing": {"transformers", "accelerate", "peft", "datasets"},
+    "ops": {"transformers", "accelerate", "peft", "datasets"},
+    "nn": {"transformers", "accelerate", "peft", "datasets"},
+    "models": {"datasets", "lm_eval"},
+}
+
+# Heavy or optional: `import mixhead` must neither need nor load them.
+LAZY = ("triton", "lm_eval", "matplotlib", "peft", "datasets")
+
+MAX_LINES = 600
+
+
+class Import(NamedTuple):
+    """One imported name, with the place where it is imported."""
+
+    file: Path
+    line: int
+    name: str  # dotted and absolute: "mixhead.ops.api", "transformers.AutoModel"
+
+
+def imports_of(source: str, file: Path, package: str) -> Iterator[Import]:
+    """Yield every import in `source`, lazy and relative ones too.
+
+    Args:
+        source: text of a Python file.
+        file: its path, for messages.
+        package: dotted name of the package that holds the file; relative imports start there.
+    """
+    for node in ast.walk(ast.parse(source, filename=str(file))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            start = parts[: len(parts) - (node.level - 1)] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        elif (
+            isinstance(node, ast.Call)
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+            and isinstance(node.args[0].value, str)
+            and ast.unparse(node.func) in {"importlib.import_module", "import_module", "__import__"}
+        ):
+            names = [node.args[0].value]
+            if names[0].startswith("."):
+                level = len(names[0]) - len(names[0].lstrip("."))
+                start = package.split(".")
+                start = start[: len(start) - (level - 1)]
+                names = [".".join([*start, names[0].lstrip(".")])]
+        else:
+            continue
+        for name in names:
+            yield Import(file, node.lineno, name)
+
+
+def room_of(dotted: str) -> str | None:
+    """Return the part of mixhead that a dotted name lies in.
+
+    That is a room; "" for the package's root, which opens every room; or the name of a loose module on the
+    ground (`errors`), which every room may use. None: not ours.
+    """
+    first, *rest = dotted.split(".")
+    if first != "mixhead":
+        return None
+    loose = {f.stem for f in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    return rest[0] if rest and rest[0] in {*ROOMS, *loose} else ""
+
+
+def refusal(home: str, wanted: str) -> str | None:
+    """Say why a file of room `home` may not import `wanted` (a dotted name), or None if it may."""
+    room, library = room_of(wanted), wanted.split(".")[0]
+    if library in STRANGERS.get(home, ()):
+        return f"{home} knows nothing of {library}"
+    # The operators take a Routing, whoever made it.
+    if home == "ops" and room == "routing" and "router" in wanted.lower():
+        return "ops uses the value Routing, not the routers"
+    if room is None or room == home:
+        return None
+    if room == "":
+        return None if home == "cli" else "the root package opens every room: name the room itself"
+    if room not in ROOMS:
+        return None
+    if home not in ROOMS:
+        return f"{home} lies on the ground, below every room"
+    if ROOMS.index(room) > ROOMS.index(home):
+        return f"{room} lies above {home}"
+    return None
+
+
+def all_imports() -> list[tuple[str, Import]]:
+    """Every import of the package, with the room of the file that makes it."""
+    found = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        inside = file.relative_to(PACKAGE)
+        if len(inside.parts) == 1 and inside.stem in {"__init__", "__main__"}:
+            continue  # the root opens every room
+        package = ".".join(["mixhead", *inside.parts[:-1]])
+        home = inside.parts[0].removesuffix(".py")
+        found += [(home, i) for i in imports_of(file.read_text(encoding="utf-8"), file, package)]
+    return found
+
+
+def repository_files() -> list[Path]:
+    """The files that git knows or would add: neither caches nor environments."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    return [p for name in sorted(set(listing.split("\0"))) if name and (p := ROOT / name).is_file()]
+
+
+def test_every_folder_is_a_room():
+    folders = {f.parent.relative_to(PACKAGE).parts[0] for f in PACKAGE.glob("*/**/*.py")}
+    assert folders <= set(ROOMS), f"no room of the house: {sorted(folders - set(ROOMS))}"
+
+
+def test_imports_point_downwards():
+    broken = [
+        f"{i.file.relative_to(ROOT)}:{i.line} imports {i.name}: {why}"
+        for home, i in all_imports()
+        if (why := refusal(home, i.name))
+    ]
+    assert not broken, "\n" + "\n".join(broken)
+
+
+def test_implementations_know_no_other():
+    """An engine of `ops` is a file with a function `attend`; only `api` and the package itself see more than one."""
+    files = {f.stem: f.read_text(encoding="utf-8") for f in (PACKAGE / "ops").glob("*.py")}
+    engines = {
+        name
+        for name, text in files.items()
+        if any(isinstance(n, ast.FunctionDef) and n.name == "attend" for n in ast.parse(text).body)
+    }
+    known = {
+        (name, other)
+        for name in engines
+        for i in imports_of(files[name], PACKAGE / "ops" / f"{name}.py", "mixhead.ops")
+        for other in engines - {name}
+        if f"{i.name}.".startswith(f"mixhead.ops.{other}.")
+    }
+    assert {"reference"} <= engines
+    assert not known, f"one implementation imports another: {sorted(known)}"
+
+
+def test_the_picture_shows_these_rooms_in_this_order():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert table == list(ROOMS), "the table of rooms in docs/architecture.md differs from ROOMS"
+
+
+def test_no_file_is_too_long():
+    too_long = {
+        str(f.relative_to(ROOT)): n
+        for f in repository_files()
+        if f.suffix == ".py" and (n := len(f.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    }
+    assert not too_long, f"more than {MAX_LINES} lines: {too_long}. Two ideas may be in one file."
+
+
+def test_import_is_quiet_and_light():
+    """`import mixhead` prints nothing, warns of nothing and loads nothing optional."""
+    program = f"import sys, mixhead; sys.exit(' '.join(m for m in {LAZY!r} if m in sys.modules) or 0)"
+    # Python's own choice of warnings, as every user has it: a deprecation inside another library is hidden.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+# Traces of the machine on which a file was written, and of the notes beside it: they mean nothing to a
+# reader. The brackets keep this list from finding itself.
+PRIVATE = re.compile(
+    r"""(?<![\w.\-])/(?:[w]ork|[r]oot)/"""  # absolute paths; not the middle of an address
+    r"""|/[h]ome/[a-z]\w*/|/[U]sers/[a-z]\w*/"""
+    r"""|\.\./[s]hared\b|\b[s]hared/(?:facts|quality|environment|anchors|performance|design|golden)\b"""
+    r"""|\b(?:[f]acts|[a]nchors)\.md\b"""
+    r"""|\b[i]ssues\ (?:show|ls|list)\b|\b[i]ssue\ \#?\d\b(?!\d)"""
+    r"""|/[t]mp/\w""",
+    flags=re.VERBOSE | re.IGNORECASE,
+)
+
+
+def test_no_private_path_is_left_in_a_text():
+    found = []
+    for file in repository_files():
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # not a text
+        for number, line in enumerate(text.splitlines(), 1):
+            if match := PRIVATE.search(line):
+                found.append(f"{file.relative_to(ROOT)}:{number}: {match.group()!r}")
+    assert not found, "\n" + "\n".join(found)
+
+
+# The rules are code as well: they must bite, and bite only where they should.
+
+
+def test_imports_are_found_wherever_they_hide():
+    source = (
+        "import os.path\n"
+        "from ..routing import Routing as R\n"
+        "from . import api\n"
+        "def f():\n"
+        "    from mixhead.nn import x, y\n"
+        "    importlib.import_module('mixhead.tasks')\n"
+        "    import_module('.layers')\n"
+    )
+    names = [i.name for i in imports_of(source, Path("f.py"), "mixhead.ops")]
+    assert sorted(names) == sorted(
+        ["os.path", "mixhead.routing.Routing", "mixhead.ops.api", "mixhead.nn.x", "mixhead.nn.y"]
+        + ["mixhead.tasks", "mixhead.ops.layers"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("home", "wanted", "allowed"),
+    [
+        ("ops", "mixhead.routing.Routing", True),
+        ("ops", "mixhead.routing.routers.LearnedRouter", False),
+        ("ops", "mixhead.nn.x", False),
+        ("ops", "transformers.AutoModel", False),
+        ("nn", "mixhead.ops.head_attention", True),
+        ("nn", "mixhead", False),
+        ("convert", "transformers.AutoModel", True),
+        ("convert", "mixhead.tasks.data", False),
+        ("tasks", "mixhead.report.html", False),
+        ("cli", "mixhead.report.html", True),
+        ("cli", "mixhead.__version__", True),
+        ("routing", "torch.nn", True),
+        ("errors", "mixhead.routing.Routing", False),
+    ],
+)
+def test_the_rule_itself(home, wanted, allowed):
+    assert (refusal(home, wanted) is None) is allowed
+
+
+@pytest.mark.parametrize(
+    ("text", "private"),
+    [
+        ("cd /wo" + "rk/main", True),
+        ("see ../sha" + "red/design", True),
+        ("`iss" + "ues show 2`", True),
+        ("https://example.org/work/page", False),
+        ("how the work/rest ratio is shared", False),
+    ],
+)
+def test_the_private_pattern_itself(text, private):
+    assert bool(PRIVATE.search(text)) is private
