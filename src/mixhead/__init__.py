@@ -1,7 +1,7 @@
 """Mixture-of-head attention: heads that are chosen per token, and that cost nothing when they are not."""
 
 from mixhead import ops
-from mixhead.convert import MoHConfig, convert, revert
+from mixhead.convert import CalibrationConfig, CalibrationReport, MoHConfig, calibrate, convert, revert
 from mixhead.errors import MixheadError
 from mixhead.interop import from_official
 from mixhead.models.hugging_face import RoutingLog, RoutingTrace, record_routing, register_with_transformers
@@ -11,12 +11,15 @@ from mixhead.routing import Routing
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationConfig",
+    "CalibrationReport",
     "MixheadError",
     "MixtureOfHeadAttention",
     "MoHConfig",
     "Routing",
     "RoutingLog",
     "RoutingTrace",
+    "calibrate",
     "convert",
     "from_official",
     "ops",

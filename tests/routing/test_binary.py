@@ -11,7 +11,16 @@ from mixhead.routing import LinearRouter, QueryNormRouter, soft_selection, top_k
 KINDS = ["linear", "query_norm"]
 C, D = 8, 4
 # heads, shared, active, groups: the usual, none shared, one active, nothing left to route, all shared, all active
-SHAPES = [(6, 2, 4, 1), (6, 0, 3, 1), (6, 0, 1, 1), (6, 3, 3, 1), (6, 6, 6, 1), (6, 2, 6, 1), (8, 2, 4, 2), (8, 0, 4, 4)]
+SHAPES = [
+    (6, 2, 4, 1),
+    (6, 0, 3, 1),
+    (6, 0, 1, 1),
+    (6, 3, 3, 1),
+    (6, 6, 6, 1),
+    (6, 2, 6, 1),
+    (8, 2, 4, 2),
+    (8, 0, 4, 4),
+]
 
 
 def make(kind, heads, shared, active, groups=1):
@@ -148,9 +157,32 @@ def test_linear_scores_in_every_dtype(dtype):
     router = LinearRouter(C, 8, 2, 5).to(dtype)
     hidden_BNC, _ = inputs(8, tokens=40, dtype=dtype)
     routing = router(hidden_BNC)
-    assert routing.gates_BNH.dtype == dtype
+    assert routing.gates_BNH.dtype == torch.promote_types(dtype, torch.float32), "routing is float32 at least"
     assert (routing.selected_BNH.sum(-1) == 5).all()
     assert set(routing.gates_BNH.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_linear_scores_are_not_rounded_to_half_precision(autocast):
+    # Two scores that bfloat16 cannot tell apart: head 1 wins, in every batch and on every machine.
+    router = LinearRouter(C, 2, 0, 1).to(torch.float32 if autocast else torch.bfloat16)
+    with torch.no_grad():
+        router.score_proj.weight.zero_()
+        router.score_proj.weight[:, 0] = 1.0
+        router.score_proj.weight[1, 1] = 2**-10
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        routing = router(torch.ones(1, 20, C, dtype=router.score_proj.weight.dtype))
+    assert routing.selected_BNH[..., 1].all()
+
+
+def test_an_adapter_on_the_scores_is_not_bypassed():
+    class Adapted(torch.nn.Linear):
+        def forward(self, hidden_BNC):
+            return super().forward(hidden_BNC) + torch.tensor([0.0, 100.0, 0.0, 0.0])
+
+    router = make("linear", 4, 0, 1)
+    router.score_proj = Adapted(C, 4)
+    assert router(torch.randn(1, 9, C)).selected_BNH[..., 1].all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

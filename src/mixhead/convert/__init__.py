@@ -1,6 +1,7 @@
 """Any Hugging Face model to mixture-of-head attention and back."""
 
+from mixhead.convert.calibrate import CalibrationConfig, CalibrationReport, calibrate
 from mixhead.convert.config import MoHConfig
 from mixhead.convert.swap import convert, revert
 
-__all__ = ["MoHConfig", "convert", "revert"]
+__all__ = ["CalibrationConfig", "CalibrationReport", "MoHConfig", "calibrate", "convert", "revert"]

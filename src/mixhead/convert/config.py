@@ -49,8 +49,11 @@ class MoHConfig:
         if not 0.0 <= self.balance_coefficient < math.inf:
             raise MixheadError(f"balance_coefficient={self.balance_coefficient} must be 0 or a positive number.")
         for name, low in (("active", 0.0), ("shared", -1.0)):
-            for share in as_list(getattr(self, name)):
-                if not low < share <= 1.0 or (name == "shared" and share < 0.0):
+            shares = as_list(getattr(self, name))
+            if not shares:
+                raise MixheadError(f"{name} must be a number between 0 and 1, or a list of them, one per layer.")
+            for share in shares:
+                if isinstance(share, str) or not low < share <= 1.0 or (name == "shared" and share < 0.0):
                     raise MixheadError(f"{name}={share} is no share of heads: it must lie between 0 and 1.")
         for name, least in (("active_heads", 1), ("shared_heads", 0)):
             for count in as_list(getattr(self, name)):
@@ -148,7 +151,7 @@ def as_list(value: Any) -> list[Any]:
     """None -> [], a number -> [number], a sequence -> list."""
     if value is None:
         return []
-    return list(value) if isinstance(value, Sequence) else [value]
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def per_layer(name: str, value: Any, layers: int) -> list[Any]:

@@ -15,6 +15,7 @@ from mixhead.models.hugging_face import (
     MoHModelMixin,
     attach_router,
     attach_routers,
+    attention_of,
     detach_router,
     find_sites,
     moh_config_class,
@@ -45,10 +46,15 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
         raise MixheadError(f"{type(model).__name__} is converted already: call mixhead.revert on it first.")
     if not isinstance(model, PreTrainedModel):
         raise MixheadError(f"mixhead.convert takes a model of transformers, but this is a {type(model).__name__}.")
+    if model.config.output_attentions:
+        raise MixheadError(
+            f"{type(model).__name__} is set to return attention weights, and a converted model computes none for the "
+            "heads that a token skips: set config.output_attentions to False first."
+        )
     sites = find_sites(model)
     layers = config.resolve([site.num_heads for site in sites], [site.num_key_value_heads for site in sites])
     register_with_transformers()
-    original_attention = model.config._attn_implementation
+    original_attention = attention_of(model.config)
     config_class = moh_config_class(type(model.config))
     register_models(config_class)
     model_class = moh_model_class(type(model))
@@ -62,11 +68,15 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
         "original_attention": original_attention,
     }
     model.__class__ = model_class  # type: ignore[assignment]
-    attach_routers(model)
+    try:
+        attach_routers(model)
+    except Exception:
+        revert(model)
+        raise
     return model
 
 
-def set_layer_heads(site: AttentionSite, model: PreTrainedModel, index: int, heads: LayerHeads) -> None:
+def set_layer_heads(model: PreTrainedModel, site: AttentionSite, index: int, heads: LayerHeads) -> None:
     """Gives one layer of a converted model another number of active and shared heads, with a fresh router."""
     detach_router(site.module)
     attach_router(site, heads, model.config.moh)

@@ -1,5 +1,13 @@
 """Published checkpoints: safe loading, and models from the official code's weights."""
 
 from mixhead.interop.official import from_official
+from mixhead.interop.published_llama import is_published_moh_llama, load_moh_llama
+from mixhead.interop.safe_load import PUBLISHED_CLASSES, load_pickle_weights
 
-__all__ = ["from_official"]
+__all__ = [
+    "PUBLISHED_CLASSES",
+    "from_official",
+    "is_published_moh_llama",
+    "load_moh_llama",
+    "load_pickle_weights",
+]

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
+from mixhead.interop.llama import moh_llama
 from mixhead.nn import MixtureOfHeadAttention
 
 StateDict = Mapping[str, Tensor]
@@ -92,4 +92,5 @@ def load_exactly(module: nn.Module, state_dict: StateDict) -> None:
 
 KINDS: dict[str, Callable[[Mapping[str, Any], StateDict], nn.Module]] = {
     "moh_dit_attention": moh_dit_attention,
+    "moh_llama": moh_llama,
 }

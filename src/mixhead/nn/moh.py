@@ -74,9 +74,7 @@ class MixtureOfHeadAttention(nn.Module):
         self.num_key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         if num_heads % self.num_key_value_heads:
-            raise MixheadError(
-                f"num_key_value_heads={self.num_key_value_heads} must divide num_heads={num_heads}."
-            )
+            raise MixheadError(f"num_key_value_heads={self.num_key_value_heads} must divide num_heads={num_heads}.")
         key_value_size = hidden_size if key_value_size is None else key_value_size
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(key_value_size, self.num_key_value_heads * self.head_dim, bias=bias)
@@ -152,4 +150,3 @@ def make_router(
     if kind == "query_norm":
         return QueryNormRouter(num_heads, shared_heads, shared_heads + top_k, num_groups)
     return LinearRouter(hidden_size, num_heads, shared_heads, shared_heads + top_k, num_groups)
-

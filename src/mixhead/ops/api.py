@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.ops import dense, gathered, reference
+from mixhead.ops import cpu, dense, gathered, reference
 from mixhead.routing import Routing
 
 
@@ -38,6 +38,7 @@ IMPLEMENTATIONS: dict[str, Attend] = {
     "reference": reference.attend,
     "dense": dense.attend,
     "gathered": gathered.attend,
+    "cpu": cpu.attend,
 }
 
 # Measured with `benchmarks/attention.py` on CPUs with AVX-512 (table in benchmarks/results): where gathering begins to
@@ -95,6 +96,8 @@ def head_attention(
         raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(IMPLEMENTATIONS)}.")
     if q_BHND.numel() == 0 or k_BKTD.numel() == 0:
         impl = "reference"  # Nothing to compute; kernels may refuse sizes of 0.
+    if impl == "cpu" and cpu.refusal(q_BHND, attn_mask):
+        impl = "gathered"
     return IMPLEMENTATIONS[impl](
         q_BHND,
         k_BKTD,
@@ -120,7 +123,9 @@ def explain(
     if causal or attn_mask is not None:
         return Choice("dense", "under a mask the stock kernel on all heads is faster than gathered queries")
     if q_BHND.shape[2] < GATHER_MIN_QUERIES:
-        return Choice("dense", f"with {q_BHND.shape[2]} queries (fewer than {GATHER_MIN_QUERIES}) gathering does not pay")
+        return Choice(
+            "dense", f"with {q_BHND.shape[2]} queries (fewer than {GATHER_MIN_QUERIES}) gathering does not pay"
+        )
     largest_share = float(routing.selected_BNH.float().mean(1).max())
     if largest_share > GATHER_MAX_SHARE:
         return Choice("dense", f"one head is selected by {largest_share:.0%} of the tokens, so gathering does not pay")
@@ -131,7 +136,9 @@ def check_arguments(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Rou
     """Raises a `MixheadError` that names the argument, the expected shape and the one received."""
     for name, tensor in (("q_BHND", q_BHND), ("k_BKTD", k_BKTD), ("v_BKTD", v_BKTD)):
         if tensor.dim() != 4:
-            raise MixheadError(f"{name} must have 4 dimensions [batch, heads, tokens, head_dim], got {list(tensor.shape)}.")
+            raise MixheadError(
+                f"{name} must have 4 dimensions [batch, heads, tokens, head_dim], got {list(tensor.shape)}."
+            )
         if tensor.dtype != q_BHND.dtype:
             raise MixheadError(f"{name} is {tensor.dtype}, but q_BHND is {q_BHND.dtype}: they must have one dtype.")
     batch, heads, queries, head_dim = q_BHND.shape

@@ -2,8 +2,8 @@
 
 The gathered queries of every head stand behind each other in the order of their positions, padded to the largest count.
 Without a mask the stock kernel takes them in one call. With one (a causal mask is one here, since gathered queries are
-no longer consecutive) they go through in blocks, each block against the keys that any of its queries may see, so that no
-N x T tensor exists.
+no longer consecutive) they go through in blocks, each block against the keys that any of its queries may see, so that
+no N x T tensor exists (the gradient keeps the masks of all blocks, which together are that large).
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def attend(
     index_BHMD = position_BHM.unsqueeze(-1).expand(-1, -1, -1, q_BHND.shape[-1])
     gathered_BHMD = q_BHND.gather(2, index_BHMD)
     if causal or attn_mask is not None:
-        out_BHMD = attend_in_blocks(gathered_BHMD, k_BKTD, v_BKTD, position_BHM, q_BHND.shape[2], causal, scale, attn_mask)
+        out_BHMD = attend_in_blocks(
+            gathered_BHMD, k_BKTD, v_BKTD, position_BHM, q_BHND.shape[2], causal, scale, attn_mask
+        )
     else:
         out_BHMD = stock_attention(gathered_BHMD, k_BKTD, v_BKTD, scale, None)
     gate_BHM = gates_BNH.transpose(1, 2).gather(2, position_BHM)

@@ -67,19 +67,17 @@ class TwoStageRouter(nn.Module):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(
-        self, hidden_BNC: Tensor, q_BHND: Tensor | None = None, token_mask_BN: Tensor | None = None
-    ) -> Routing:
+    def forward(self, hidden_BNC: Tensor, q_BHND: Tensor | None = None, token_mask_BN: Tensor | None = None) -> Routing:
         del q_BHND
         shared_BNS = self._shared_gates(hidden_BNC)
         if self.routed_proj is None:
             return Routing(shared_BNS, torch.ones_like(shared_BNS, dtype=torch.bool), token_mask_BN=token_mask_BN)
-        probs_BNE = self.routed_proj(hidden_BNC).softmax(-1)
+        probs_BNE = full_precision(self.routed_proj, hidden_BNC).softmax(-1)
         selected_BNE = top_k_mask(probs_BNE, self.top_k)
         kept_BNE = probs_BNE * selected_BNE
         routed_BNE = self.top_k * kept_BNE / kept_BNE.sum(-1, keepdim=True).clamp(min=torch.finfo(kept_BNE.dtype).eps)
         if self.stage_proj is not None:
-            stage_BN2 = 2 * self.stage_proj(hidden_BNC).softmax(-1)
+            stage_BN2 = 2 * full_precision(self.stage_proj, hidden_BNC).softmax(-1)
             shared_BNS = shared_BNS * stage_BN2[..., :1]
             routed_BNE = routed_BNE * stage_BN2[..., 1:]
         return Routing(
@@ -92,8 +90,9 @@ class TwoStageRouter(nn.Module):
 
     def _shared_gates(self, hidden_BNC: Tensor) -> Tensor:
         if self.shared_proj is not None:
-            return self.shared_heads * self.shared_proj(hidden_BNC).softmax(-1)
-        return hidden_BNC.new_ones(*hidden_BNC.shape[:2], self.shared_heads)
+            return self.shared_heads * full_precision(self.shared_proj, hidden_BNC).softmax(-1)
+        dtype = torch.promote_types(hidden_BNC.dtype, torch.float32)
+        return hidden_BNC.new_ones(*hidden_BNC.shape[:2], self.shared_heads, dtype=dtype)
 
 
 class BinaryRouter(nn.Module):
@@ -170,9 +169,7 @@ class QueryNormRouter(BinaryRouter):
 
     needs_query = True
 
-    def forward(
-        self, hidden_BNC: Tensor | None, q_BHND: Tensor | None, token_mask_BN: Tensor | None = None
-    ) -> Routing:
+    def forward(self, hidden_BNC: Tensor | None, q_BHND: Tensor | None, token_mask_BN: Tensor | None = None) -> Routing:
         if q_BHND is None:
             raise MixheadError("The query-norm router needs the queries q_BHND, but it received None.")
         dtype = torch.promote_types(q_BHND.dtype, torch.float32)
@@ -202,14 +199,22 @@ class LinearRouter(BinaryRouter):
         nn.init.normal_(self.score_proj.weight, std=hidden_size**-0.5)
         nn.init.zeros_(self.score_proj.bias)
 
-    def forward(
-        self, hidden_BNC: Tensor, q_BHND: Tensor | None = None, token_mask_BN: Tensor | None = None
-    ) -> Routing:
+    def forward(self, hidden_BNC: Tensor, q_BHND: Tensor | None = None, token_mask_BN: Tensor | None = None) -> Routing:
         del q_BHND
-        # In half precision near-equal scores tie, and the choice would depend on how a text was cut into batches.
-        with torch.autocast(hidden_BNC.device.type, enabled=False):
-            scores_BNH = F.linear(hidden_BNC.float(), self.score_proj.weight.float(), self.score_proj.bias.float())
-        return self.route(scores_BNH, token_mask_BN)
+        return self.route(full_precision(self.score_proj, hidden_BNC), token_mask_BN)
+
+
+def full_precision(proj: nn.Linear, hidden_BNC: Tensor) -> Tensor:
+    """`proj(hidden_BNC)`, at least in float32 whatever the dtype of the model or of autocast.
+
+    In half precision near-equal scores tie, and the choice would depend on how a text was cut into batches.
+    """
+    dtype = torch.promote_types(hidden_BNC.dtype, torch.float32)
+    if type(proj) is not nn.Linear:  # An adapter (LoRA) or a quantised layer: only it knows how it computes.
+        return proj(hidden_BNC).to(dtype)
+    with torch.autocast(hidden_BNC.device.type, enabled=False):
+        bias = None if proj.bias is None else proj.bias.to(dtype)
+        return F.linear(hidden_BNC.to(dtype), proj.weight.to(dtype), bias)
 
 
 def soft_selection(scores_BNH: Tensor, ranked_BNH: Tensor, k: int, num_groups: int = 1) -> Tensor:

@@ -1,6 +1,7 @@
 """`Routing`: which heads every token uses, and with which weight.
 
-Shape legend of this room: B batch, N tokens (queries), H query heads, E routed heads (those that compete), C hidden size.
+Shape legend of this room: B batch, N tokens (queries), H query heads, E routed heads (those that compete), C hidden
+size.
 """
 
 from __future__ import annotations
@@ -65,4 +66,3 @@ class Routing:
     def active_share(self) -> Tensor:
         """Share of all heads that an average real token uses, a 0-d float32 tensor."""
         return self.load_H.mean()
-

@@ -96,8 +96,8 @@ def perplexity(
     """
     if windows_WT.dim() != 2 or windows_WT.is_floating_point() or windows_WT.size(0) < 1 or windows_WT.size(1) < 2:
         raise MixheadError(
-            f"windows_WT must hold token ids as integers of shape [windows, tokens], at least one window of two tokens, "
-            f"but it is {windows_WT.dtype} of shape {list(windows_WT.shape)}."
+            f"windows_WT must hold token ids as integers of shape [windows, tokens], at least one window of two "
+            f"tokens, but it is {windows_WT.dtype} of shape {list(windows_WT.shape)}."
         )
     if batch_size < 1:
         raise MixheadError(f"batch_size must be at least 1 window, but it is {batch_size}.")
@@ -105,7 +105,7 @@ def perplexity(
     device = next(model.parameters()).device
     window_nll: list[float] = []
     start = time.perf_counter()
-    with _evaluating(model):
+    with evaluation_mode(model):
         for ids_BT in windows_WT.split(batch_size):
             window_nll += _window_nll(model, ids_BT.to(device), autocast, first=len(window_nll))
             if on_progress is not None:
@@ -127,15 +127,15 @@ def _window_nll(model: nn.Module, ids_BT: Tensor, autocast: torch.dtype | None, 
         mean = nll_T.double().mean().item()
         if not math.isfinite(mean):
             raise MixheadError(
-                f"The model gives {mean} as the loss of window {first + row} (counted from 0); its weights or its hidden "
-                f"states hold NaN or infinity, so no perplexity can be stated."
+                f"The model gives {mean} as the loss of window {first + row} (counted from 0); its weights or its "
+                f"hidden states hold NaN or infinity, so no perplexity can be stated."
             )
         means.append(mean)
     return means
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, the mode of each module as it was outside (some may be frozen on purpose)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -302,7 +302,9 @@ class Table:
             data = json.loads(text)
             return cls(data["title"], tuple(_row_from(row) for row in data["rows"]), tuple(data["notes"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MixheadError(f"This is not a table that mixhead wrote ({error}); give the JSON of Table.to_json.") from error
+            raise MixheadError(
+                f"This is not a table that mixhead wrote ({error}); give the JSON of Table.to_json."
+            ) from error
 
     def to_rich(self) -> rich.table.Table:
         """The table for a terminal."""

@@ -1,10 +1,10 @@
-"""Two lm-eval tasks made from held-out text, evaluated offline: last-word cloze and choice of the true continuation.
+r"""Two lm-eval tasks made from held-out text, evaluated offline: last-word cloze and choice of the true continuation.
 
-`write_tasks` writes them into a folder, `evaluate_tasks` runs them on a model in memory. On a saved folder they run from
-the command line with lm-eval's own arguments; this module stands in for the command `lm_eval` because a converted
-checkpoint loads only after `import mixhead`:
+`write_tasks` writes them into a folder, `evaluate_tasks` runs them on a model in memory. On a saved folder they run
+from the command line with lm-eval's own arguments; this module stands in for the command `lm_eval` because a
+converted checkpoint loads only after `import mixhead`:
 
-    python -m mixhead.tasks.lm_eval_tasks run --model hf --model_args pretrained=OUT --include_path TASKS \\
+    python -m mixhead.tasks.lm_eval_tasks run --model hf --model_args pretrained=OUT --include_path TASKS \
         --tasks mixhead_cloze,mixhead_choice --device cpu --batch_size 8
 """
 
@@ -12,22 +12,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead.errors import MixheadError
-from mixhead.tasks.evaluate import Accuracy
+from mixhead.tasks.evaluate import Accuracy, evaluation_mode
 from mixhead.tasks.text import text_source
 
 CLOZE = "mixhead_cloze"
@@ -96,7 +99,7 @@ def write_tasks(
         questions = list(islice(_taking_turns(per_text), items))
         if not questions:
             raise MixheadError(
-                f"The text gives no question for {task}; give prose with sentences, some {20 * MAX_CONTEXT} words or more."
+                f"The text gives no question for {task}; give prose in sentences, {20 * MAX_CONTEXT} words or more."
             )
         lines = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
         data = directory / f"{task}.jsonl"
@@ -113,7 +116,7 @@ def evaluate_tasks(
     *,
     autocast: torch.dtype | None = None,
 ) -> TaskScores:
-    """Runs both tasks on a model in memory with lm-eval (no network, no seeds touched, mode of the model put back).
+    """Runs both tasks on a model in memory with lm-eval (no network; random state and mode of the model put back).
 
     Args:
         model: a causal language model.
@@ -135,28 +138,23 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    modes = [(module, module.training) for module in model.modules()]
     start = time.perf_counter()
-    try:
-        results = simple_evaluate(
-            model=HFLM(
+    with evaluation_mode(model), _random_state_kept():
+        with _silenced("lm_eval.models.huggingface"):  # it warns of what `pretrained=model` cannot do, at each call
+            language_model = HFLM(
                 pretrained=model,
                 tokenizer=tokenizer,
                 backend="causal",
                 batch_size=batch_size,
                 mixed_precision_dtype=autocast,
-            ),
+            )
+        results = simple_evaluate(
+            model=language_model,
             tasks=[CLOZE, CHOICE],
             task_manager=TaskManager(include_path=str(directory), include_defaults=False),
             limit=limit,
             bootstrap_iters=0,
-            random_seed=None,  # evaluation in the middle of a training run must not move its random state
-            numpy_random_seed=None,
-            torch_random_seed=None,
         )
-    finally:
-        for module, training in modes:
-            module.training = training
     samples = results["samples"]
     return TaskScores(
         cloze=_accuracy(samples[CLOZE], "acc"),
@@ -169,8 +167,9 @@ def evaluate_tasks(
 def main() -> None:
     """lm-eval's own command line, after `import mixhead` has made converted checkpoints loadable."""
     _require_lm_eval()
-    import mixhead  # noqa: F401
     from lm_eval.__main__ import cli_evaluate
+
+    import mixhead  # noqa: F401
 
     cli_evaluate()
 
@@ -270,7 +269,9 @@ def _write(path: Path, text: str) -> Path:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise MixheadError(f"{path} cannot be written ({error.strerror}); free some disk or give another folder.") from error
+        raise MixheadError(
+            f"{path} cannot be written ({error.strerror}); free some disk or give another folder."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
     return path
@@ -281,12 +282,37 @@ def _require_tasks(directory: Path) -> None:
     for task in (CLOZE, CHOICE):
         for path in (directory / f"{task}.yaml", directory / f"{task}.jsonl"):
             if not path.is_file() or path.stat().st_size == 0:
-                raise MixheadError(f"{path} is missing or empty; write the tasks anew with write_tasks({str(directory)!r}).")
+                raise MixheadError(
+                    f"{path} is missing or empty; write the tasks anew with write_tasks({str(directory)!r})."
+                )
 
 
 def _require_lm_eval() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise MixheadError(f"Cloze and choice accuracy need lm-eval, which is not installed; run `{_INSTALL}`.")
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """lm-eval seeds every generator; an evaluation amid a training run must not move it."""
+    python, array = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)
+
+
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    noisy = logging.getLogger(name)
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
 
 
 def _accuracy(samples: list[dict[str, Any]], metric: str) -> Accuracy:

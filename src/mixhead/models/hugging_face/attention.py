@@ -6,25 +6,55 @@ the model hands down `routing_trace` the same way. Nothing is kept between calls
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
-from mixhead.models.hugging_face.trace import RoutingTrace
 from mixhead.errors import MixheadError
+from mixhead.models.hugging_face.trace import RoutingTrace
 from mixhead.ops import head_attention
+from mixhead.routing import Routing
 
+# Two names for one function, since the name decides which masks a model makes: a model that ran "eager" keeps its own
+# masks, so that its dense layers compute the same bits as before.
 ATTENTION = "mixhead"
+ATTENTION_OF_EAGER = "mixhead_eager"
+# What some models hand to the interface, and what changes the mathematics in a way that only their own function knows.
+UNSUPPORTED = ("softcap", "position_bias", "s_aux", "cache")
+
+
+# Floating masks add at least this much to the scores that they allow: transformers forbids with the smallest number.
+MASKED_SCORE = -1e4
 
 
 def register_attention() -> None:
     """Makes `attn_implementation="mixhead"` known to transformers; its masks are those of SDPA."""
-    AttentionInterface.register(ATTENTION, moh_attention_forward)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    for name, mask in ((ATTENTION, sdpa_mask), (ATTENTION_OF_EAGER, eager_mask)):
+        AttentionInterface.register(name, moh_attention_forward)
+        AttentionMaskInterface.register(name, mask)
+
+
+def attention_for(original: str | None) -> str:
+    """The name under which a model that ran `original` runs here."""
+    return ATTENTION_OF_EAGER if original == "eager" else ATTENTION
+
+
+def eager_attention_of(module: nn.Module) -> Callable[..., Any] | None:
+    """The attention function in the file of the module's own class, what "eager" stands for."""
+    return inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
+
+
+def dense_attention_of(module: nn.Module) -> Callable[..., Any]:
+    """What computes all heads of an attention module: the function that did so before, or SDPA."""
+    eager = getattr(module, "moh_eager_attention", None)
+    runs_eager = getattr(getattr(module, "config", None), "_attn_implementation", None) == ATTENTION_OF_EAGER
+    return eager if runs_eager and eager is not None else sdpa_attention_forward
 
 
 def hand_down_hidden_states(
@@ -46,8 +76,9 @@ def moh_attention_forward(
     is_causal: bool | None = None,
     router_hidden_states: Tensor | None = None,
     routing_trace: RoutingTrace | None = None,
+    decoder_token_mask_BN: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of the selected heads, under the contract of transformers' attention interface.
 
     Args:
@@ -61,20 +92,28 @@ def moh_attention_forward(
         is_causal: as in transformers; by default the module's own `is_causal`.
         router_hidden_states: [B, N, C], from `hand_down_hidden_states`.
         routing_trace: collects the routing.
+        decoder_token_mask_BN: bool, False at padding of the decoder, whose cross-attention has no mask to tell it.
 
     Returns:
-        ([B, N, H, D], None).
+        ([B, N, H, D], None); where all heads are used, what the model's own function returns.
     """
     router = getattr(module, "moh_router", None)
     name = getattr(module, "moh_name", "")
     observed = routing_trace is not None and routing_trace.wants_heads(name)
-    if router is None and not observed:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
-        )
+    routes = router is not None and (routing_trace is None or routing_trace.routes(name))
+    if not routes and not observed:
+        dense_attention = dense_attention_of(module)
+        kwargs = kwargs if is_causal is None else {**kwargs, "is_causal": is_causal}
+        return dense_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if router_hidden_states is None:
         raise MixheadError(f"{name}: the attention module's hidden states did not reach its router.")
-    token_mask_BN = real_tokens_BN(attention_mask, query.shape[2], key.shape[2])
+    if any(kwargs.get(argument) is not None for argument in UNSUPPORTED):
+        given = ", ".join(argument for argument in UNSUPPORTED if kwargs.get(argument) is not None)
+        raise MixheadError(f"{name} was called with {given}, which mixture-of-head attention does not compute.")
+    if attention_mask is None and decoder_token_mask_BN is not None and getattr(module, "is_decoder", False):
+        token_mask_BN = decoder_token_mask_BN[:, -query.shape[2] :]
+    else:
+        token_mask_BN = real_tokens_BN(attention_mask, query.shape[2], key.shape[2])
     if observed:
         assert routing_trace is not None
         dense_BNHD, _ = sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scaling, is_causal, **kwargs)
@@ -89,18 +128,29 @@ def moh_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
         gated_BNHD = dense_BNHD * routing.gates_BNH.to(dense_BNHD.dtype).unsqueeze(-1)
-        return torch.where(routing.selected_BNH.unsqueeze(-1), gated_BNHD, 0.0), None
+        return fill_skipped(gated_BNHD, routing, module), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and query.shape[2] > 1 and attention_mask is None
+    if causal and key.shape[2] > query.shape[2]:
+        # The first tokens of a static cache, whose other places are still empty.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     out_BHND = head_attention(
         query,
         key,
         value,
         routing,
-        causal=causal and query.shape[2] > 1 and attention_mask is None,
+        causal=causal,
         scale=scaling,
         attn_mask=attention_mask,
     )
-    return out_BHND.transpose(1, 2).contiguous(), None
+    return fill_skipped(out_BHND.transpose(1, 2), routing, module), None
+
+
+def fill_skipped(gated_BNHD: Tensor, routing: Routing, module: nn.Module) -> Tensor:
+    """The heads' outputs with the constant `moh_skipped` of the module, or 0, where a token skips a head."""
+    skipped_HD = getattr(module, "moh_skipped", None)
+    constant = 0.0 if skipped_HD is None else skipped_HD.to(gated_BNHD.dtype)
+    return torch.where(routing.selected_BNH.unsqueeze(-1), gated_BNHD, constant).contiguous()
 
 
 def real_tokens_BN(attention_mask: Tensor | None, num_queries: int, num_keys: int) -> Tensor | None:
@@ -111,7 +161,7 @@ def real_tokens_BN(attention_mask: Tensor | None, num_queries: int, num_keys: in
     """
     if attention_mask is None or attention_mask.dim() != 4:
         return None
-    allowed_BNT = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] > -1.0
+    allowed_BNT = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] > MASKED_SCORE
     if num_queries == num_keys and allowed_BNT.shape[1] == num_queries:
         return allowed_BNT.diagonal(dim1=1, dim2=2)
     return allowed_BNT.any(-1).expand(-1, num_queries)

@@ -18,13 +18,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mixhead.models.hugging_face.attention import ATTENTION, hand_down_hidden_states, register_attention
-from mixhead.models.hugging_face.sites import AttentionSite, find_sites
-from mixhead.models.hugging_face.trace import RoutingTrace
 from mixhead.errors import MixheadError
+from mixhead.models.hugging_face.attention import (
+    ATTENTION,
+    ATTENTION_OF_EAGER,
+    attention_for,
+    eager_attention_of,
+    hand_down_hidden_states,
+    register_attention,
+)
+from mixhead.models.hugging_face.sites import AttentionSite, find_sites
+from mixhead.models.hugging_face.trace import JoinedTrace, RoutingTrace
 from mixhead.nn import make_router
 from mixhead.routing import BinaryRouter, TwoStageRouter
 
@@ -79,6 +87,7 @@ class MoHConfigMixin:
             outer = {k: v for k, v in config_dict.items() if k not in ("base_config", POISONED_FIELD)}
             config_dict = {**config_dict["base_config"], **outer}
         flat = {k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")}
+        check_description(flat.get("moh"))
         register_models(cls)
         return super().from_dict(flat, **kwargs)  # type: ignore[misc]
 
@@ -97,6 +106,21 @@ class MoHConfigMixin:
         return json.dumps(nested, indent=2, sort_keys=True) + "\n"
 
 
+def check_description(moh: Any) -> None:
+    """Raises where what stands under `moh` in a configuration does not say how many heads and which router."""
+    layers = moh.get("layers") if isinstance(moh, dict) else None
+    known = isinstance(layers, list) and {"router", "group_balanced", "balance_coefficient", "original_attention"} <= {*moh}
+    counts = ("num_heads", "active_heads", "shared_heads")
+    if not known or not all(
+        isinstance(layer, dict) and {*layer} == {*counts} and all(type(layer[count]) is int for count in counts)
+        for layer in layers
+    ):
+        raise MixheadError(
+            "The configuration of this mixhead checkpoint does not say which heads each layer uses (moh): it is "
+            "incomplete or was changed by hand."
+        )
+
+
 class MoHModelMixin:
     """What a converted model does beyond its base class."""
 
@@ -110,10 +134,43 @@ class MoHModelMixin:
         attach_routers(self)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, BinaryRouter | TwoStageRouter):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
+        initialise_routing(module)
+        super()._init_weights(module)  # type: ignore[misc]
+
+    def initialize_weights(self) -> None:
+        """Initialises what a checkpoint did not hold; called by transformers after loading."""
+        # transformers lets every nested model initialise its own modules, and those models know nothing of routers.
+        assert isinstance(self, PreTrainedModel)
+        for module in self.modules():
+            if not getattr(module, "_is_hf_initialized", False):
+                initialise_routing(module)
+        super().initialize_weights()
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        """Refused: under any other attention function all heads would run, and nobody would notice."""
+        names = attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
+        if not {*names} <= {ATTENTION, ATTENTION_OF_EAGER}:
+            raise MixheadError(
+                f"{type(self).__name__} attends through mixhead: under {attn_implementation!r} every token would use "
+                "all heads. Call mixhead.revert on it first."
+            )
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+
+
+@torch.no_grad()
+def initialise_routing(module: nn.Module) -> None:
+    """Gives a router and the constants of skipped heads their start values, unless a checkpoint gave them theirs."""
+    skipped_HD = getattr(module, "moh_skipped", None)
+    if skipped_HD is not None and not getattr(skipped_HD, "_is_hf_initialized", False):
+        skipped_HD.zero_()
+    if not isinstance(module, BinaryRouter | TwoStageRouter):
+        return
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+        return
+    module.reset_parameters()
+    for child in module.modules():
+        child._is_hf_initialized = isinstance(module, TwoStageRouter) or child is module  # type: ignore[assignment]
 
 
 def forward_with_balance_loss(base_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,17 +178,27 @@ def forward_with_balance_loss(base_forward: Callable[..., Any]) -> Callable[...,
 
     @functools.wraps(base_forward)
     def forward(self: Any, *args: Any, routing_trace: RoutingTrace | None = None, **kwargs: Any) -> Any:
-        if not self.training and routing_trace is None:
-            return base_forward(self, *args, **kwargs)
-        trace = RoutingTrace() if routing_trace is None else routing_trace
+        if kwargs.get("output_attentions"):
+            raise MixheadError(
+                f"{type(self).__name__} has no attention weights to return: a token computes none for the heads that it "
+                "skips. Call it without output_attentions, or call mixhead.revert on it first."
+            )
+        if self.config.is_encoder_decoder and takes_keywords:
+            kwargs = {**kwargs, "decoder_token_mask_BN": real_decoder_tokens_BN(kwargs)}
+        if not self.training:
+            passed = {} if routing_trace is None else {"routing_trace": routing_trace}
+            return base_forward(self, *args, **passed, **kwargs)
+        own = RoutingTrace()
+        trace = own if routing_trace is None else JoinedTrace(own, routing_trace)
         outputs = base_forward(self, *args, routing_trace=trace, **kwargs)
         loss = getattr(outputs, "loss", None)
-        if self.training and loss is not None:
-            outputs.loss = loss + balance_term(self, trace, kwargs).to(loss)
+        if loss is not None:
+            outputs.loss = loss + balance_term(self, own, kwargs).to(loss)
         return outputs
 
     signature = inspect.signature(base_forward)
     parameters = list(signature.parameters.values())
+    takes_keywords = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
     trace_parameter = inspect.Parameter("routing_trace", inspect.Parameter.KEYWORD_ONLY, default=None)
     last = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     # generate() and the Trainer read the signature to learn what the model accepts.
@@ -139,12 +206,21 @@ def forward_with_balance_loss(base_forward: Callable[..., Any]) -> Callable[...,
     return forward
 
 
-def balance_term(model: Any, trace: RoutingTrace, kwargs: dict[str, Any]) -> Tensor:
-    """What the balance loss adds to the loss of this forward call, a 0-d tensor.
+def real_decoder_tokens_BN(kwargs: dict[str, Any]) -> Tensor | None:
+    """bool [B, N], the decoder's tokens that are no padding, from its mask or else from its labels; None if unknown."""
+    mask_BN, labels_BN = kwargs.get("decoder_attention_mask"), kwargs.get("labels")
+    if mask_BN is not None:
+        return mask_BN.bool() if mask_BN.dim() == 2 else None
+    return None if labels_BN is None else labels_BN.ne(-100)
 
-    The `Trainer` hands over `num_items_in_batch`, the number of targets of the whole optimizer step, and expects each
-    micro-batch to return its share of the step's mean; the balance loss is shared out the same way, or it would count
-    once per micro-batch.
+
+def balance_term(model: Any, trace: RoutingTrace, kwargs: dict[str, Any]) -> Tensor:
+    """What the balance loss adds to the loss of this forward call, a 0-d tensor; see `target_share`.
+
+    Args:
+        model: the converted model.
+        trace: the routings of this call.
+        kwargs: the keyword arguments of this call; `labels`, `shift_labels` and `num_items_in_batch` are looked at.
     """
     coefficient = model.config.moh["balance_coefficient"]
     balance = trace.balance_loss()
@@ -155,18 +231,43 @@ def balance_term(model: Any, trace: RoutingTrace, kwargs: dict[str, Any]) -> Ten
                 "to their attention, so its balance loss cannot be computed."
             )
         return torch.zeros(())
-    items = kwargs.get("num_items_in_batch")
-    labels = kwargs.get("labels")
-    if items is None or labels is None:
-        return coefficient * balance
-    shifted = "shift_labels" not in kwargs and shifts_labels(model)
-    targets = (labels[..., 1:] if shifted else labels).ne(-100).sum()
-    return coefficient * balance * targets / items
+    if coefficient > 0.0 and torch.is_grad_enabled() and not balance.requires_grad and checkpoints_reentrantly(model):
+        raise MixheadError(
+            "Reentrant gradient checkpointing runs the layers without gradients first, so the balance loss would not "
+            'train the routers: enable it with {"use_reentrant": False}, the default of transformers 5, or set the '
+            "balance coefficient to 0."
+        )
+    return coefficient * balance * target_share(model, kwargs)
+
+
+def target_share(model: Any, kwargs: dict[str, Any]) -> Tensor | float:
+    """The share of this forward call in its optimizer step: its number of targets over those of the whole step.
+
+    The `Trainer` hands over `num_items_in_batch`, the number of targets of the whole step, and expects each micro-batch
+    to return its share of the step's mean. The balance loss is shared out the same way, or it would count once per
+    micro-batch. Without that number (a loop of one's own, or a Trainer that divides afterwards) the share is 1.
+    """
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    shifted = kwargs.get("shift_labels")
+    if items is None or (labels is None and shifted is None):
+        return 1.0
+    if shifted is not None:
+        labels = shifted
+    elif shifts_labels(model):
+        labels = labels[..., 1:]
+    return labels.ne(-100).sum() / items
 
 
 def shifts_labels(model: Any) -> bool:
-    """Whether the model's loss predicts the next token, so that the first label is never a target."""
-    return "ForCausalLM" in model.loss_type if isinstance(getattr(model, "loss_type", None), str) else False
+    """Whether the loss predicts the next token, so that the first label is never a target; as the `Trainer` decides."""
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None))
+    return loss is ForCausalLMLoss and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def checkpoints_reentrantly(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on in its reentrant form."""
+    functions = (m._gradient_checkpointing_func for m in model.modules() if getattr(m, "gradient_checkpointing", False))
+    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)  # type: ignore[union-attr]
 
 
 def routers(model: nn.Module) -> list[nn.Module | None]:
@@ -202,7 +303,8 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
         if not inspect.isclass(auto_class) or mapping is None or base_config_class not in mapping:
             continue
         model_class = mapping[base_config_class]
-        if isinstance(model_class, type):
+        # Some architectures borrow the model class, and with it the configuration class, of another one.
+        if isinstance(model_class, type) and model_class.config_class is base_config_class:
             auto_class.register(config_class, moh_model_class(model_class), exist_ok=True)
 
 
@@ -222,14 +324,31 @@ def attach_routers(model: PreTrainedModel) -> None:
         )
     for site, layer in zip(sites, moh["layers"], strict=True):
         attach_router(site, LayerHeads(**layer), moh)
-    model.set_attn_implementation(ATTENTION)
+    original = moh["original_attention"]
+    parts = original.items() if isinstance(original, dict) else [("", original)]
+    ours = {key: attention_for(name) for key, name in parts}
+    PreTrainedModel.set_attn_implementation(model, ours if isinstance(original, dict) else ours[""])
+
+
+def attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
+    """The attention implementation of a model; by its parts, as `set_attn_implementation` takes it, where they differ."""
+    whole = config._attn_implementation or "sdpa"
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    names = {key: part._attn_implementation or whole for key, part in parts.items() if part is not None}
+    return whole if set(names.values()) <= {whole} else {"": whole, **names}
 
 
 def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -> None:
-    """One attention module becomes one that routes; with all heads active it stays as it is."""
+    """One attention module becomes one that routes; with all heads active it stays as it is.
+
+    A "linear" router comes with `moh_skipped` [H, D]: what stands in for a head's output at tokens that skip it. It is a
+    constant (zero until calibration measures the mean), so a skipped head still costs nothing.
+    """
     module = site.module
     module.moh_name = site.name  # type: ignore[assignment]
     module.moh_router = None  # type: ignore[assignment]
+    module.moh_skipped = None  # type: ignore[assignment]
+    module.moh_eager_attention = eager_attention_of(module)  # type: ignore[assignment]
     module.moh_hook = module.register_forward_pre_hook(hand_down_hidden_states, with_kwargs=True)  # type: ignore[assignment]
     if heads.is_dense:
         return
@@ -239,10 +358,16 @@ def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -
     weight = site.output_projection.weight
     module.moh_router = router.to(device=weight.device, dtype=weight.dtype)  # type: ignore[union-attr,arg-type]
     router.train(module.training)
+    if moh["router"] == "linear":
+        head_dim = site.output_weight_HDC().shape[1]
+        skipped_HD = torch.zeros(heads.num_heads, head_dim, device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type,call-overload]
+        module.moh_skipped = nn.Parameter(skipped_HD)
 
 
 def detach_router(module: nn.Module) -> None:
     """Takes back what `attach_router` did."""
+    if not hasattr(module, "moh_hook"):
+        return
     module.moh_hook.remove()  # type: ignore[union-attr,operator]
-    for attribute in ("moh_name", "moh_router", "moh_hook"):
+    for attribute in ("moh_name", "moh_router", "moh_skipped", "moh_eager_attention", "moh_hook"):
         delattr(module, attribute)

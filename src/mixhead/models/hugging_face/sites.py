@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 
@@ -49,14 +50,14 @@ def find_sites(model: PreTrainedModel) -> list[AttentionSite]:
     Raises:
         MixheadError: where the architecture cannot be converted; the sentence says why.
     """
-    refuse_unsupported(model)
-    sites = [make_site(model, name, module) for name, module in model.named_modules() if dispatches(module)]
-    if not sites:
+    modules = [(name, module) for name, module in model.named_modules() if dispatches(module)]
+    if not modules:
         raise MixheadError(
             f"{type(model).__name__} cannot be converted: none of its modules dispatches its attention through the "
             "attention interface of transformers, so its heads cannot be chosen from outside."
         )
-    return sites
+    refuse_unsupported(model)
+    return [make_site(model, name, module) for name, module in modules]
 
 
 def dispatches(module: nn.Module) -> bool:
@@ -64,11 +65,21 @@ def dispatches(module: nn.Module) -> bool:
 
     transformers keeps no list of such modules; its convention, which its own checks enforce, is this call.
     """
+    return "attention_interface(" in forward_source(type(module))
+
+
+def passes_position_bias(module: nn.Module) -> bool:
+    """Whether the module hands a bias of its own to the attention interface, as T5 does."""
+    return "position_bias=" in forward_source(type(module))
+
+
+@functools.cache
+def forward_source(module_class: type[nn.Module]) -> str:
+    """Source text of the class's forward; empty where there is none."""
     try:
-        source = inspect.getsource(inspect.unwrap(type(module).forward))
+        return inspect.getsource(inspect.unwrap(module_class.forward))
     except (OSError, TypeError):
-        return False
-    return "attention_interface(" in source
+        return ""
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
@@ -82,9 +93,15 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         )
     if any(getattr(config, "reorder_and_upcast_attn", False) for config in configs):
         raise MixheadError(f"{name} cannot be converted while its configuration sets reorder_and_upcast_attn.")
+    if any(dispatches(module) and passes_position_bias(module) for module in model.modules()):
+        raise MixheadError(
+            f"{name} cannot be converted: its layers add a position bias to the attention scores, which no "
+            "implementation here takes."
+        )
     if any(hasattr(module, "sinks") for module in model.modules()):
         raise MixheadError(f"{name} cannot be converted: its attention has learned sinks, which change the softmax.")
-    if getattr(model, "_supports_sdpa", True) is False:
+    caps_scores = any(hasattr(config, "attn_logit_softcapping") for config in configs)
+    if getattr(model, "_supports_sdpa", True) is False and not caps_scores:
         raise MixheadError(
             f"{name} cannot be converted: it does not support scaled_dot_product_attention, which every "
             "implementation here starts from."

@@ -30,6 +30,11 @@ class RoutingTrace:
         """Keeps the routing of one attention module."""
         self.layers.append((name, routing))
 
+    def routes(self, name: str) -> bool:
+        """Whether that module shall route in this call; where it says no, all heads are used."""
+        del name
+        return True
+
     def wants_heads(self, name: str) -> bool:
         """Whether `observe` should be shown the outputs of all heads of that module."""
         del name
@@ -44,11 +49,38 @@ class RoutingTrace:
         return torch.stack(losses).mean() if losses else None
 
 
+class JoinedTrace(RoutingTrace):
+    """Two traces of one call: each records what passes, and the second says whether modules route."""
+
+    def __init__(self, first: RoutingTrace, second: RoutingTrace) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def record(self, name: str, routing: Routing) -> None:
+        """Records in both."""
+        self.first.record(name, routing)
+        self.second.record(name, routing)
+
+    def routes(self, name: str) -> bool:
+        """As the second says."""
+        return self.second.routes(name)
+
+    def wants_heads(self, name: str) -> bool:
+        """As the second says."""
+        return self.second.wants_heads(name)
+
+    def observe(self, name: str, hidden_BNC: Tensor, q_BHND: Tensor, heads_BHND: Tensor, token_mask_BN: Tensor | None) -> None:
+        """Shows it to the second."""
+        self.second.observe(name, hidden_BNC, q_BHND, heads_BHND, token_mask_BN)
+
+
 class RoutingLog(RoutingTrace):
     """A trace without gradients: what every token used, kept on the CPU as bool."""
 
     def record(self, name: str, routing: Routing) -> None:
         """Keeps the selection and the gates, detached."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # Gradient checkpointing computes a layer once more during backward, which is no further use.
         mask = routing.token_mask_BN
         super().record(
             name,
@@ -88,10 +120,20 @@ def record_routing(model: nn.Module) -> Iterator[RoutingLog]:
 
     def hand_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         del module
-        return args, {"routing_trace": log, **kwargs}
+        trace = kwargs.get("routing_trace")
+        if trace is None:
+            return args, {**kwargs, "routing_trace": log}
+        if trace is log or (isinstance(trace, JoinedTrace) and trace.second is log):
+            return args, kwargs
+        return args, {**kwargs, "routing_trace": JoinedTrace(log, trace)}
 
-    handle = model.register_forward_pre_hook(hand_down, with_kwargs=True)
+    # At the attention modules, so that it works under any wrapper and where generation calls a part of the model. A
+    # compiled model no longer looks at their hooks; there the outermost module passes the log in.
+    sites = [module for module in model.modules() if hasattr(module, "moh_router")]
+    outermost = [model] if hasattr(model, "_orig_mod") else []
+    handles = [module.register_forward_pre_hook(hand_down, with_kwargs=True) for module in [*outermost, *sites]]
     try:
         yield log
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -18,14 +18,15 @@ struct Left {
   Left from(int64_t m, int64_t k) const { return {data + m * row + k * col, row, col}; }
 };
 
-// C tile of M rows and N vectors that stays in registers.
+// C tile of M rows and N vectors that stays in registers. It is summed up from 0 and added to C at the end: many short sums
+// have smaller rounding errors than one long sum.
 template <int M, int N>
 inline void float_tile(int64_t depth, Left<float> a, const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   Vec sum[M][N];
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) sum[i][j] = accumulate ? load(c + i * ldc + j * kLanes) : all(0.f);
+    for (int j = 0; j < N; ++j) sum[i][j] = all(0.f);
   }
   const float* row[M];
 #pragma GCC unroll 32
@@ -44,7 +45,10 @@ inline void float_tile(int64_t depth, Left<float> a, const float* b, int64_t ldb
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
+    for (int j = 0; j < N; ++j) {
+      float* to = c + i * ldc + j * kLanes;
+      store(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
+    }
   }
 }
 

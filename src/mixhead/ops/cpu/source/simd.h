@@ -75,9 +75,8 @@ inline bool any_greater(Vec a, Vec b) {
 #endif
 }
 
-// exp(x): 0 below -87.3 (so that no denormal slows the products down), NaN at NaN. 2^x = 2^n 2^f with f in [-1/2, 1/2]
-// and a minimax polynomial for 2^f: relative error 1e-7 at degree 5, and 7e-5 at degree 3, which bf16 cannot tell.
-template <int Degree>
+// exp(x): 0 below -87.3 (so that no denormal slows the products down), NaN at NaN. 2^y = 2^n 2^f with f in [-1/2, 1/2],
+// and a minimax polynomial for 2^f. Relative error 1e-7.
 inline Vec exp(Vec x) {
   constexpr float kLog2e = 1.44269504088896341f;
   constexpr float kSmallest = -87.3f;
@@ -89,26 +88,32 @@ inline Vec exp(Vec x) {
   const Vec n = (bounded * kLog2e + kRounder) - kRounder;
 #endif
   const Vec f = x * kLog2e - n;
-  Vec p;
-  if constexpr (Degree == 3) {
-    p = all(0.0551716691f);
-    p = p * f + 0.242611122f;
-    p = p * f + 0.693260985f;
-    p = p * f + 0.999928074f;
-  } else {
-    p = all(0.0013276472f);
-    p = p * f + 0.00967554133f;
-    p = p * f + 0.0555071327f;
-    p = p * f + 0.240221197f;
-    p = p * f + 0.693146967f;
-    p = p * f + 1.00000007f;
-  }
+  Vec p = all(0.0013276472f);
+  p = p * f + 0.00967554133f;
+  p = p * f + 0.0555071327f;
+  p = p * f + 0.240221197f;
+  p = p * f + 0.693146967f;
+  p = p * f + 1.00000007f;
 #if defined(__AVX512F__)
   const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, (__m512)all(kSmallest), _CMP_NLT_UQ);
   return (Vec)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)n);
 #else
   const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
   return x < all(kSmallest) ? all(0.f) : p * (Vec)exponent;
+#endif
+}
+
+// 2^y with a relative error of 1e-4, which a bf16 number cannot tell; 0 at -infinity, NaN at NaN.
+inline Vec coarse_exp2(Vec y) {
+#if defined(__AVX512DQ__)
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // y - floor(y)
+  Vec p = all(0.0780245226f);
+  p = p * f + 0.226067155f;
+  p = p * f + 0.69583354f;
+  p = p * f + 0.999925219f;
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)y);  // p 2^floor(y)
+#else
+  return exp(y * 0.693147181f);
 #endif
 }
 
@@ -129,11 +134,8 @@ inline void narrow(float x, float* p) { *p = x; }
 inline void narrow(float x, BFloat* p) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) {
-    p->bits = 0x7fc0;
-  } else {
-    p->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // to nearest, ties to even
-  }
+  const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // ties to even
+  p->bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : nearest);
 }
 
 // out[c][r] = in[r][c] for 32-bit words: `rows` is a multiple of kLanes. Rows of `in` are `ld_in` words apart.

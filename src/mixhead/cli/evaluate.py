@@ -1,0 +1,67 @@
+"""`mixhead evaluate`: perplexity and offline tasks of one or several models, as one table."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
+from mixhead.convert import store
+from mixhead.errors import MixheadError
+from mixhead.models.hugging_face import MoHModelMixin
+from mixhead.tasks.evaluate import Row, Table, perplexity
+from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
+from mixhead.tasks.text import text_source
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Models, the original first. " + MODEL_HELP)],
+    text: Annotated[str, typer.Option(help="Held-out text. " + TEXT_HELP)] = "addresses:test",
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure the perplexity on.")] = 16_384,
+    tasks: Annotated[int, typer.Option(min=0, help="Questions of each lm-eval task; 0 leaves them out.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast (faster where the CPU has it).")] = "float32",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
+) -> None:
+    """Measures models on the same held-out text and prints perplexities beside the first model's."""
+    if dtype not in ("float32", "bfloat16"):
+        raise MixheadError(f"--dtype {dtype} is unknown: choose float32 or bfloat16.")
+    autocast = torch.bfloat16 if dtype == "bfloat16" else None
+    rows: list[Row] = []
+    windows_WT: Tensor | None = None
+    for name in models:
+        network, tokenizer = store.load_causal_lm(model_folder(name))
+        if windows_WT is None:
+            windows_WT = windows_of(tokenizer, text, "test", window, tokens)
+        start = time.perf_counter()
+        with progress_bar(f"Perplexity of {name}") as on_progress:
+            measured = perplexity(network, windows_WT, autocast=autocast, on_progress=on_progress)
+        cloze = choice = None
+        if tasks:
+            with tempfile.TemporaryDirectory() as folder, console.status(f"lm-eval tasks of {name}"):
+                write_tasks(folder, text_source(text, "test"), items=tasks)
+                scores = evaluate_tasks(network, tokenizer, folder, autocast=autocast)
+            cloze, choice = scores.cloze, scores.choice
+        active, heads = heads_of(network)
+        seconds = time.perf_counter() - start
+        rows.append(Row(name, active, heads, 0, measured, cloze, choice, seconds, original=not rows))
+    note = f"{text}, {rows[0].perplexity.tokens:,} predicted tokens in windows of {window}, {dtype}"
+    table = Table("Perplexity on held-out text", tuple(rows), (note,))
+    console.print(table.to_rich())
+    if json_file is not None:
+        json_file.write_text(table.to_json(), encoding="utf-8")
+
+
+def heads_of(model: torch.nn.Module) -> tuple[float, int]:
+    """(heads that a token uses in an average layer, heads of a layer)."""
+    if isinstance(model, MoHModelMixin):
+        layers = model.config.moh["layers"]
+        return sum(layer["active_heads"] for layer in layers) / len(layers), layers[0]["num_heads"]
+    heads = model.config.num_attention_heads  # type: ignore[union-attr]
+    return heads, heads  # type: ignore[return-value]

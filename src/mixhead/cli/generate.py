@@ -1,0 +1,42 @@
+"""`mixhead generate`: text from a model, and how many heads it used for it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from transformers import TextStreamer
+
+from mixhead.cli.common import MODEL_HELP, console, model_folder
+from mixhead.convert import store
+from mixhead.models.hugging_face import MoHModelMixin, record_routing
+from mixhead.tasks.text import read_text_file
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "The state of the Union is",
+    prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 text file to continue instead.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write, at most.")] = 80,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling (with a temperature above 0).")] = 0,
+) -> None:
+    """Continues a text with a dense or converted model and prints the share of heads that it used."""
+    network, tokenizer = store.load_causal_lm(model_folder(model))
+    text = prompt if prompt_file is None else read_text_file(prompt_file)
+    inputs = tokenizer(text, return_tensors="pt")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": temperature > 0.0, "temperature": temperature or None, "top_p": None, "top_k": None}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    with record_routing(network) as log, torch.inference_mode():
+        network.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    if isinstance(network, MoHModelMixin):
+        used = network.config.moh["layers"]
+        active, heads = (sum(layer[kind] for layer in used) for kind in ("active_heads", "num_heads"))
+        busiest = max((float(load.max()) for load in log.load().values()), default=1.0)
+        console.print(
+            f"\n{active} of {heads} heads per token ({active / heads:.1%}) over {len(used)} layers; "
+            f"the busiest head served {busiest:.0%} of the tokens.",
+            style="dim",
+        )

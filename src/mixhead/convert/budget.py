@@ -1,0 +1,37 @@
+"""Sharing a number of heads out among layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def share_out(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:
+    """Takes heads away where that costs least until `total` are left; from all heads, one step at a time.
+
+    Args:
+        costs: for every layer, what each allowed number of heads costs; the largest number is where it begins.
+        total: heads that may be left over all layers.
+
+    Returns:
+        The number of heads of every layer. They sum to `total`, or to the nearest sum above it that the steps allow.
+    """
+    steps = [sorted(cost, reverse=True) for cost in costs]
+    place = [0] * len(steps)
+    left = sum(step[0] for step in steps)
+
+    def price(layer: int) -> float:
+        """What one head less costs there."""
+        now, then = steps[layer][place[layer]], steps[layer][place[layer] + 1]
+        return (costs[layer][then] - costs[layer][now]) / (now - then)
+
+    while True:
+        open_layers = [
+            layer
+            for layer, step in enumerate(steps)
+            if place[layer] + 1 < len(step) and left - (step[place[layer]] - step[place[layer] + 1]) >= total
+        ]
+        if not open_layers:
+            return [step[at] for step, at in zip(steps, place, strict=True)]
+        cheapest = min(open_layers, key=price)
+        left -= steps[cheapest][place[cheapest]] - steps[cheapest][place[cheapest] + 1]
+        place[cheapest] += 1

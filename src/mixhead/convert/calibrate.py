@@ -1,0 +1,370 @@
+"""`calibrate`: fits the routers of a converted model without a gradient, from streamed statistics.
+
+1. A few batches give every head's mean output: what will stand in for the head where a token skips it.
+2. All batches give, for every layer, a ridge regression of each head's log contribution norm on the hidden states: the
+   router's scores. Heads with the largest mean contribution become the shared ones.
+3. A few batches give what each layer loses at every number of heads, and one batch how much the model's output changes
+   when that layer alone is routed. From both, heads are shared out among the layers: where one is missed least, it goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mixhead.convert.budget import share_out
+from mixhead.convert.statistics import LayerFit, LossTrace, MeanTrace, ScoreTrace
+from mixhead.convert.swap import set_layer_heads
+from mixhead.errors import MixheadError
+from mixhead.models.hugging_face import AttentionSite, LayerHeads, MoHModelMixin, RoutingTrace, find_sites
+from mixhead.routing import grouped_top_k_mask
+
+Batch = Tensor | Mapping[str, Any]
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How to calibrate.
+
+    Attributes:
+        budget: "sensitivity" shares the heads out among the layers by what they are worth there; "uniform" leaves every
+            layer as configured.
+        dense_layers: so many first layers keep all heads under the sensitivity budget: they see little more than the
+            bare token, and a router fitted there does not carry over to tokens that the calibration text lacks.
+        least_share: no layer gets fewer heads than this share of its own.
+        pilot_batches: batches for the means and for the loss at each number of heads.
+        probe_batches: batches for the sensitivity of each layer (one forward pass per layer and batch).
+        ridge: strength of the regression's ridge, relative to the mean square of the hidden states.
+        autocast: dtype of the forward passes, for example torch.bfloat16; None computes in the model's own.
+    """
+
+    budget: str = "sensitivity"
+    dense_layers: int = 1
+    least_share: float = 1 / 3
+    pilot_batches: int = 2
+    probe_batches: int = 1
+    ridge: float = 1e-3
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget not in ("sensitivity", "uniform"):
+            raise MixheadError(f"budget={self.budget!r} is unknown: choose sensitivity or uniform.")
+        if min(self.pilot_batches, self.probe_batches) < 1 or self.dense_layers < 0:
+            raise MixheadError("pilot_batches and probe_batches must be at least 1, and dense_layers at least 0.")
+        if not 0.0 <= self.least_share <= 1.0 or not 0.0 < self.ridge < math.inf:
+            raise MixheadError("least_share must lie between 0 and 1, and ridge must be a positive number.")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What calibration chose for one layer and expects of it.
+
+    Attributes:
+        name: path of the attention module.
+        num_heads: H.
+        active_heads: heads that a token uses.
+        shared_heads: indices of the heads that every token uses.
+        expected_loss: share of the attention output's energy that the skipped heads take with them.
+        sensitivity: how far the model's output moves when this layer alone is routed at the probe's number of heads
+            (mean KL divergence in nats, or relative squared error for models without logits); NaN if not measured.
+    """
+
+    name: str
+    num_heads: int
+    active_heads: int
+    shared_heads: tuple[int, ...]
+    expected_loss: float
+    sensitivity: float
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What calibration chose, layer by layer.
+
+    Attributes:
+        layers: one entry per attention layer.
+        tokens: real tokens that the routers were fitted on.
+    """
+
+    layers: tuple[LayerReport, ...]
+    tokens: int
+
+    @property
+    def active_share(self) -> float:
+        """Share of all heads that a token uses."""
+        return sum(layer.active_heads for layer in self.layers) / sum(layer.num_heads for layer in self.layers)
+
+    def to_rich(self) -> Any:
+        """A table for the terminal."""
+        from rich.table import Table
+
+        title = f"Calibrated on {self.tokens:,} tokens: {self.active_share:.1%} of all heads per token"
+        table = Table(title=title, title_justify="left")
+        for column in ("layer", "heads", "shared", "expected loss", "sensitivity"):
+            table.add_column(column, justify="left" if column == "layer" else "right")
+        for layer in self.layers:
+            table.add_row(
+                layer.name,
+                f"{layer.active_heads} of {layer.num_heads}",
+                " ".join(map(str, layer.shared_heads)) or "—",
+                f"{layer.expected_loss:.2%}",
+                "—" if math.isnan(layer.sensitivity) else f"{layer.sensitivity:.4f}",
+            )
+        return table
+
+
+def calibrate(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    config: CalibrationConfig | None = None,
+    on_progress: OnProgress | None = None,
+) -> CalibrationReport:
+    """Chooses shared heads, fits the linear routers and shares the heads out among the layers. No gradients.
+
+    The number of active heads over all layers stays as configured. Memory does not grow with the number of tokens.
+
+    Args:
+        model: converted by `mixhead.convert` with the "linear" router; changed in place.
+        batches: what the model is to be fitted to, gone through more than once: token ids [B, N], or the model's
+            keyword arguments. Padding (by `attention_mask`) does not count.
+        config: how; the defaults suit a language model.
+        on_progress: called with (steps done, all steps).
+
+    Raises:
+        MixheadError: where the model has no linear routers, or batches are missing or give NaN.
+    """
+    config = CalibrationConfig() if config is None else config
+    if not isinstance(model, MoHModelMixin) or model.config.moh["router"] != "linear":
+        raise MixheadError("mixhead.calibrate fits the linear router: convert the model with MoHConfig(router='linear').")
+    if iter(batches) is batches or len(batches) == 0:
+        raise MixheadError("batches must be a list of batches with at least one in it: they are gone through repeatedly.")
+    return Calibration(model, batches, config, on_progress).run()
+
+
+class Calibration:
+    """The steps of one calibration, and the values that they hand on."""
+
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Batch], config: CalibrationConfig, on_progress: OnProgress | None
+    ) -> None:
+        self.model, self.config = model, config
+        self.batches = [{"input_ids": b} if isinstance(b, Tensor) else dict(b) for b in batches]
+        self.sites = find_sites(model)
+        self.heads = [LayerHeads(**layer) for layer in model.config.moh["layers"]]
+        self.groups = [s.num_key_value_heads if model.config.moh["group_balanced"] else 1 for s in self.sites]
+        self.pilots = self.batches[: config.pilot_batches]
+        # The probes are the last batches: the routers know them least.
+        self.probes = self.batches[-config.probe_batches :]
+        self.on_progress = on_progress
+        probed = len(self.sites) if self.by_sensitivity else 0
+        self.steps = 2 * len(self.pilots) + len(self.batches) + (1 + probed) * len(self.probes) * self.by_sensitivity
+        self.done = 0
+
+    @property
+    def by_sensitivity(self) -> bool:
+        """Whether layers may get different numbers of heads."""
+        return self.config.budget == "sensitivity" and not all(heads.is_dense for heads in self.heads)
+
+    def run(self) -> CalibrationReport:
+        """All steps."""
+        with evaluation(self.model, self.config.autocast):
+            fits = self.fit_scores(self.measure_means())
+            shared = {site.name: self.choose_shared(site, i, fits[site.name]) for i, site in enumerate(self.sites)}
+            counts = {site.name: self.candidate_counts(i) for i, site in enumerate(self.sites)}
+            losses, totals = self.measure_losses(fits, shared, counts)
+            sensitivity: dict[str, float] = {}
+            if self.by_sensitivity:
+                sensitivity = self.probe(fits, shared)
+                self.heads = self.budget(counts, losses, sensitivity)
+            self.install(self.heads, fits, shared)
+        tokens = self.tokens_seen
+        return CalibrationReport(
+            tuple(
+                LayerReport(
+                    name=site.name,
+                    num_heads=heads.num_heads,
+                    active_heads=heads.active_heads,
+                    shared_heads=tuple(shared[site.name].nonzero().flatten().tolist()) if not heads.is_dense else (),
+                    expected_loss=0.0 if heads.is_dense else losses[site.name][heads.active_heads] / totals[site.name],
+                    sensitivity=sensitivity.get(site.name, math.nan),
+                )
+                for site, heads in zip(self.sites, self.heads, strict=True)
+            ),
+            tokens,
+        )
+
+    def measure_means(self) -> dict[str, Tensor]:
+        """Step 1."""
+        trace = MeanTrace()
+        self.forward(self.pilots, trace)
+        self.require_all(trace.sums)
+        return {site.name: trace.mean_HD(site.name) for site in self.sites}
+
+    def fit_scores(self, means: dict[str, Tensor]) -> dict[str, LayerFit]:
+        """Step 2: the router of every layer."""
+        trace = ScoreTrace(self.sites, means)
+        self.forward(self.batches, trace)
+        self.tokens_seen = int(next(iter(trace.gram.values()))[-1, -1])
+        return {site.name: trace.fit(site.name, self.config.ridge) for site in self.sites}
+
+    def choose_shared(self, site: AttentionSite, index: int, fit: LayerFit) -> Tensor:
+        """Step 2: the heads with the largest mean contribution, equally many in every group: bool [H]."""
+        count = self.heads[index].shared_heads
+        return grouped_top_k_mask(fit.mean_norm_H[None, None], count, self.groups[index])[0, 0]
+
+    def candidate_counts(self, index: int) -> list[int]:
+        """Numbers of active heads below all of them that the layer could get."""
+        heads, step = self.heads[index], self.groups[index]
+        least = max(heads.shared_heads, step, step * math.ceil(self.config.least_share * heads.num_heads / step))
+        counts = {*range(min(least, heads.active_heads), heads.num_heads, step), heads.active_heads}
+        return sorted(counts - {heads.num_heads})
+
+    def measure_losses(
+        self, fits: dict[str, LayerFit], shared: dict[str, Tensor], counts: dict[str, list[int]]
+    ) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
+        """Step 3: energy lost at every number of heads, and the whole energy, of every layer."""
+
+        def selector(name: str, groups: int) -> Callable[[Tensor, int], Tensor]:
+            def select(hidden_XC: Tensor, k: int) -> Tensor:
+                scores_XH = hidden_XC @ fits[name].weight_HC.T + fits[name].bias_H
+                return grouped_top_k_mask(scores_XH.masked_fill(shared[name], torch.inf), k, groups)
+
+            return select
+
+        select = {site.name: selector(site.name, groups) for site, groups in zip(self.sites, self.groups, strict=True)}
+        trace = LossTrace(self.sites, counts, select, {name: fit.mean_HD for name, fit in fits.items()})
+        self.forward(self.pilots, trace)
+        losses = {name: dict(zip(counts[name], lost.tolist(), strict=True)) for name, lost in trace.lost.items()}
+        return losses, {name: float(total) for name, total in trace.total.items()}
+
+    def probe(self, fits: dict[str, LayerFit], shared: dict[str, Tensor]) -> dict[str, float]:
+        """Step 3: how far the output moves when one layer alone is routed, as in the configured budget."""
+        self.install(self.probe_heads(), fits, shared)
+        routed = [site.name for site, heads in zip(self.sites, self.probe_heads(), strict=True) if not heads.is_dense]
+        moved = dict.fromkeys(routed, 0.0)
+        for batch in self.probes:
+            dense = sampled_output(self.run_model(batch, OnlyTrace(None)))
+            for name in routed:
+                moved[name] += divergence(dense, sampled_output(self.run_model(batch, OnlyTrace(name)))) / len(self.probes)
+        return moved
+
+    def probe_heads(self) -> list[LayerHeads]:
+        """The heads at which layers are probed: two thirds of them, a number at which a difference shows."""
+        probed = []
+        for index, heads in enumerate(self.heads):
+            step = self.groups[index]
+            k = max(step * round(heads.num_heads * 2 / 3 / step), heads.shared_heads, step)
+            probed.append(LayerHeads(heads.num_heads, min(k, heads.num_heads), heads.shared_heads))
+        return probed
+
+    def budget(
+        self, counts: dict[str, list[int]], losses: dict[str, dict[int, float]], sensitivity: dict[str, float]
+    ) -> list[LayerHeads]:
+        """Step 3: as many active heads as configured, shared out among the layers."""
+        costs: list[dict[int, float]] = []
+        for index, (site, heads, probed) in enumerate(zip(self.sites, self.heads, self.probe_heads(), strict=True)):
+            cost = {heads.num_heads: 0.0}
+            reference = losses[site.name].get(probed.active_heads, 0.0)
+            if index >= self.config.dense_layers and reference > 0.0:
+                scale = sensitivity.get(site.name, 0.0) / reference
+                cost |= {k: scale * losses[site.name][k] for k in counts[site.name]}
+            costs.append(cost)
+        chosen = share_out(costs, sum(heads.active_heads for heads in self.heads))
+        return [
+            LayerHeads(heads.num_heads, active, min(heads.shared_heads, active))
+            for heads, active in zip(self.heads, chosen, strict=True)
+        ]
+
+    def install(self, layers: Sequence[LayerHeads], fits: dict[str, LayerFit], shared: dict[str, Tensor]) -> None:
+        """Writes what was fitted into the model."""
+        for index, (site, heads) in enumerate(zip(self.sites, layers, strict=True)):
+            set_layer_heads(self.model, site, index, heads)
+            router: Any = site.module.moh_router
+            if router is None:
+                continue
+            fit = fits[site.name]
+            with torch.no_grad():
+                router.score_proj.weight.copy_(fit.weight_HC)
+                router.score_proj.bias.copy_(fit.bias_H)
+                router.shared_H.copy_(shared[site.name])
+                site.module.moh_skipped.copy_(fit.mean_HD)  # type: ignore[union-attr,operator]
+
+    def forward(self, batches: Sequence[Mapping[str, Any]], trace: RoutingTrace) -> None:
+        """Runs the model on batches for a trace's sake."""
+        for batch in batches:
+            self.run_model(batch, trace)
+
+    def run_model(self, batch: Mapping[str, Any], trace: RoutingTrace) -> Any:
+        """One forward pass; counts as a step."""
+        device = self.model.device
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        output = self.model(**inputs, routing_trace=trace)
+        self.done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.steps)
+        return output
+
+    def require_all(self, seen: Mapping[str, Any]) -> None:
+        """Every layer must have been reached by the batches."""
+        missing = [site.name for site in self.sites if site.name not in seen]
+        if missing:
+            raise MixheadError(
+                f"The batches never reach {missing[0]} (and {len(missing) - 1} more layers): give batches that use the "
+                "whole model, for example pixel_values beside input_ids."
+            )
+
+
+class OnlyTrace(RoutingTrace):
+    """Lets one layer route, or none."""
+
+    def __init__(self, only: str | None) -> None:
+        super().__init__()
+        self.only = only
+
+    def routes(self, name: str) -> bool:
+        """Whether this is the one."""
+        return name == self.only
+
+
+@contextmanager
+def evaluation(model: PreTrainedModel, autocast: torch.dtype | None) -> Iterator[None]:
+    """Evaluation mode without gradients, and every module's mode as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    context = nullcontext() if autocast is None else torch.autocast(model.device.type, autocast)
+    model.eval()
+    try:
+        with torch.no_grad(), context:
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def sampled_output(outputs: Any, every: int = 4) -> tuple[str, Tensor]:
+    """What a model says, in a form that two runs can be compared in: ("logits", log-probabilities) or ("states", …).
+
+    Of long sequences every fourth position is enough, and a large vocabulary takes a quarter of the memory.
+    """
+    for name in ("logits", "logits_per_image"):
+        logits = getattr(outputs, name, None)
+        if logits is not None:
+            logits = logits[:, every - 1 :: every] if logits.dim() == 3 and logits.shape[1] >= every else logits
+            return "logits", logits.float().log_softmax(-1)
+    states = getattr(outputs, "last_hidden_state", None)
+    return "states", (outputs[0] if states is None else states).float()
+
+
+def divergence(dense: tuple[str, Tensor], routed: tuple[str, Tensor]) -> float:
+    """Mean KL divergence of the routed from the dense output in nats, or the relative squared error of states."""
+    kind, expected = dense
+    if kind == "logits":
+        return float((expected.exp() * (expected - routed[1])).sum(-1).mean())
+    return float((expected - routed[1]).square().sum() / expected.square().sum())

@@ -1,0 +1,250 @@
+"""Saving a model folder so that it is complete or absent, and loading one with a sentence for all that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mixhead.errors import MixheadError
+from mixhead.interop.safe_load import first_line, read_start
+from mixhead.models.hugging_face import MoHModelMixin, moh_model_class, register_with_transformers
+
+PathLike = str | os.PathLike[str]
+
+CONFIG = "config.json"
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# What the writers raise when a disk is full or a folder read-only: the operating system and safetensors.
+WRITE_ERRORS = (OSError, SafetensorError)
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: PathLike, *, overwrite: bool = False
+) -> None:
+    """Writes a model, and its tokenizer beside it, under a temporary name and renames the folder when it is complete.
+
+    Args:
+        model: any model of transformers, converted or not.
+        tokenizer: saved into the same folder; None if there is none.
+        path: the folder to make. An empty one is taken as well.
+        overwrite: whether a model folder that stands there may be replaced; nothing else ever is.
+
+    Raises:
+        MixheadError: where the folder is taken or cannot be written; what stood there before then still does.
+    """
+    target = check_target(path, overwrite=overwrite)
+    partial: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent))
+        partial.chmod(0o777 & ~current_umask())  # mkdtemp makes a folder that only its owner may read
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        for file in partial.rglob("*"):
+            flush_to_disk(file)
+        put_in_place(partial, target)
+    except WRITE_ERRORS as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise MixheadError(f"{target} could not be written: {reason}. Nothing of it was left behind.") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(path: PathLike, *, overwrite: bool = False) -> Path:
+    """The absolute path of a folder that `save` may write.
+
+    Raises:
+        MixheadError: where it may not; asked before hours of work, not after.
+    """
+    target = Path(path).resolve()
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise MixheadError(f"{target} exists and is a file: name a folder that does not exist yet.")
+    if not any(target.iterdir()):
+        return target
+    if not overwrite:
+        raise MixheadError(f"{target} exists and is not empty: name another folder, or allow it to be overwritten.")
+    if not (target / CONFIG).is_file():
+        raise MixheadError(f"{target} holds no model ({CONFIG} is missing), so it will not be overwritten.")
+    return target
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Renames the complete folder; what stood there before is deleted last, and comes back if the renaming fails."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    former = partial.with_suffix(".former")
+    target.rename(former)
+    try:
+        partial.rename(target)
+    except OSError:
+        former.rename(target)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def flush_to_disk(file: Path) -> None:
+    """Waits until a file's bytes are on the disk: only then may its folder take the place of an older one."""
+    if not file.is_file():
+        return
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def current_umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return umask
+
+
+def load(path: PathLike, *, dtype: Any = "auto") -> PreTrainedModel:
+    """Loads a model folder, converted or not, as the class that it was saved from.
+
+    Nothing in the folder is executed: weights are read by safetensors or PyTorch's restricted unpickler, and code that
+    a folder brings along is refused.
+
+    Args:
+        path: a folder with `config.json` and weights.
+        dtype: dtype of the weights; by default the one that they were saved in.
+
+    Raises:
+        MixheadError: where a file is missing, truncated or corrupt, or does not fit the others.
+    """
+    folder = check_folder(path)
+    config = load_config(folder)
+    return load_as(model_class_of(folder, config), folder, config, dtype)
+
+
+def load_causal_lm(path: PathLike, *, dtype: Any = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model, converted or not, with its tokenizer; raises as `load` does."""
+    folder = check_folder(path)
+    config = load_config(folder)
+    return load_as(AutoModelForCausalLM, folder, config, dtype), load_tokenizer(folder)
+
+
+def load_tokenizer(path: PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder."""
+    folder = check_folder(path)
+    return attempt(
+        lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        f"{folder} has no tokenizer that can be read",
+    )
+
+
+def check_folder(path: PathLike) -> Path:
+    """The folder, if there is one, with its weights looked at: they must not be empty or mere pointers to a download."""
+    register_with_transformers()
+    folder = Path(path)
+    if not folder.exists():
+        raise MixheadError(f"There is no model folder {folder}.")
+    if not folder.is_dir():
+        raise MixheadError(f"{folder} is a file, but a model folder with {CONFIG} and weights is wanted.")
+    if not (folder / CONFIG).is_file():
+        raise MixheadError(f"{folder} is no model folder: {CONFIG} is missing.")
+    return folder
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration, of a type that the installed transformers knows."""
+    file = folder / CONFIG
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
+        raise MixheadError(f"{file} is truncated or corrupt ({first_line(error)}).") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise MixheadError(f"{file} does not say which model it describes (model_type).")
+    return attempt(
+        lambda: AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        f"{file} describes no model that can be loaded",
+    )
+
+
+def model_class_of(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that the configuration names as its own."""
+    name = (config.architectures or ["nothing"])[0]
+    converted = isinstance(config, PreTrainedConfig) and hasattr(config, "base_config_class")
+    base = getattr(transformers, name.removeprefix("MoH") if converted else name, None)
+    if not isinstance(base, type) or not issubclass(base, PreTrainedModel):
+        raise MixheadError(f"{folder / CONFIG} names {name} as its architecture, which transformers does not have.")
+    return moh_model_class(base) if converted else base
+
+
+def load_as(model_class: Any, folder: Path, config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:
+    """Loads the weights and checks that none is missing and, in a converted model, none left over."""
+    check_weight_files(folder)
+    model, info = attempt(
+        lambda: model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        ),
+        f"The model in {folder} cannot be loaded: a file is truncated or corrupt, or they do not belong together",
+    )
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(info["unexpected_keys"]) if isinstance(model, MoHModelMixin) else []
+    if missing or unexpected:
+        raise MixheadError(
+            f"The weights in {folder} do not fit its {CONFIG}: missing {some(missing)}, unexpected {some(unexpected)}."
+        )
+    return model
+
+
+def check_weight_files(folder: Path) -> None:
+    """There are weights, all that an index names, and none is empty or a mere pointer to a download."""
+    files = {file for pattern in WEIGHT_FILES for file in folder.glob(pattern)}
+    if not files:
+        raise MixheadError(f"{folder} holds no weights ({' or '.join(WEIGHT_FILES)}).")
+    for file in sorted(files):
+        read_start(file)
+    for index in (folder / name for name in INDEX_FILES):
+        if not index.is_file():
+            continue
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MixheadError(f"{index} is truncated or corrupt ({first_line(error)}).") from error
+        absent = sorted(name for name in named if not (folder / str(name)).is_file())
+        if absent:
+            raise MixheadError(f"{folder} is incomplete: {index.name} names {some(absent)}, which is not there.")
+
+
+def attempt(call: Callable[[], Any], sentence: str) -> Any:
+    """What the call returns; whatever it raises becomes the end of the sentence."""
+    try:
+        return call()
+    except (MixheadError, MemoryError):
+        raise
+    except Exception as error:  # transformers, tokenizers, safetensors and torch raise many types on corrupt files
+        raise MixheadError(f"{sentence} ({first_line(error)}).") from error
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list, for a sentence."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

@@ -1,0 +1,289 @@
+// The PyTorch side: tensors to views, lists of selected rows, threads, and the two operators of the library `mixhead`.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstddef>
+#include <memory>
+
+#include "attention.h"
+
+namespace mixhead {
+namespace {
+
+using at::Tensor;
+
+#if defined(__AVX512BF16__)
+using BFloatOperand = BFloat;
+#else
+using BFloatOperand = float;
+#endif
+
+Tensor unit_stride(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
+
+template <class T>
+View<T> view(const Tensor& x) {
+  return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// [B, N, H] addressed as (b, h, n).
+template <class T>
+View<T> view_of_gates(const Tensor& x) {
+  return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(2), x.stride(1)};
+}
+
+Mask mask_of(const std::optional<Tensor>& x) {
+  Mask mask;
+  if (!x) return mask;
+  TORCH_CHECK(x->dim() == 4, "the mask must have 4 dimensions, got ", x->dim());
+  mask.data = x->data_ptr();
+  mask.type = x->scalar_type() == at::kBool ? MaskType::boolean
+              : x->scalar_type() == at::kFloat ? MaskType::float32 : MaskType::bfloat16;
+  int64_t* strides[] = {&mask.batch, &mask.head, &mask.row, &mask.key};
+  for (int i = 0; i < 4; ++i) *strides[i] = x->size(i) == 1 ? 0 : x->stride(i);
+  return mask;
+}
+
+// Calls `body(next)` on every thread. A body takes pieces of work by counting `next` up, so that pieces may differ in size;
+// which thread takes a piece has no influence on its result.
+template <class Body>
+void share_work(int64_t count, Body body) {
+  const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) body(next);
+  });
+}
+
+RowLists list_rows(const Shape& s, const Tensor& selected) {
+  const bool* data = selected.const_data_ptr<bool>();
+  const int64_t groups = s.groups(), sb = selected.stride(0), sn = selected.stride(1), sh = selected.stride(2);
+  const int64_t lists = s.B * s.K;
+  RowLists rows;
+  rows.start.assign(lists + 1, 0);
+  at::parallel_for(0, lists, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t bk = begin; bk < end; ++bk) {
+      const bool* from = data + bk / s.K * sb + bk % s.K * groups * sh;
+      int64_t count = 0;
+      for (int64_t n = 0; n < s.N; ++n) {
+        for (int64_t g = 0; g < groups; ++g) count += from[n * sn + g * sh];
+      }
+      rows.start[bk + 1] = count;
+    }
+  });
+  for (int64_t bk = 0; bk < lists; ++bk) rows.start[bk + 1] += rows.start[bk];
+  rows.code.resize(rows.start[lists] + 1);
+  at::parallel_for(0, lists, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t bk = begin; bk < end; ++bk) {
+      const bool* from = data + bk / s.K * sb + bk % s.K * groups * sh;
+      int64_t at = rows.start[bk];
+      for (int64_t n = 0; n < s.N; ++n) {
+        for (int64_t g = 0; g < groups; ++g) {
+          if (from[n * sn + g * sh]) rows.code[at++] = int32_t(n * groups + g);
+        }
+      }
+    }
+  });
+  return rows;
+}
+
+// Zeros in the rows of [B, H, N, D] that no token selects.
+template <class In>
+void clear_unselected(const Shape& s, const Tensor& selected, const View<In>& out) {
+  const bool* data = selected.const_data_ptr<bool>();
+  const int64_t sb = selected.stride(0), sn = selected.stride(1), sh = selected.stride(2);
+  at::parallel_for(0, s.B * s.N, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t bn = begin; bn < end; ++bn) {
+      for (int64_t h = 0; h < s.H; ++h) {
+        if (!data[bn / s.N * sb + bn % s.N * sn + h * sh]) {
+          std::memset(out.at(bn / s.N, h, bn % s.N), 0, s.D * sizeof(In));
+        }
+      }
+    }
+  });
+}
+
+// The inputs of one call, as the kernel wants them.
+template <class In, class Op>
+struct Call {
+  using A = Attention<In, Op>;
+  Tensor q, k, v, gates, selected;
+  std::optional<Tensor> mask;
+  RowLists rows;
+  std::vector<BlockOfRows> blocks;
+  std::vector<std::unique_ptr<Op[]>> packed;
+  A attention;
+
+  Call(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& gates_, const Tensor& selected_,
+       const std::optional<Tensor>& mask_, bool causal, double scale)
+      : q(unit_stride(q_)), k(unit_stride(k_)), v(unit_stride(v_)), gates(gates_), selected(selected_), mask(mask_) {
+    attention.s = {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), causal, float(scale)};
+    attention.q = view<const In>(q);
+    attention.k = view<const In>(k);
+    attention.v = view<const In>(v);
+    attention.gates = view_of_gates<const In>(gates);
+    attention.mask = mask_of(mask);
+    rows = list_rows(attention.s, selected);
+    blocks = cut_into_blocks(rows);
+    attention.rows = &rows;
+  }
+
+  // Packs what products cannot read in place.
+  void pack(bool backward) {
+    if constexpr (!A::L::in_place) {
+      const Shape& s = attention.s;
+      const int64_t size = attention.packed_size(), lists = s.B * s.K;
+      const auto room = [&] {
+        packed.emplace_back(new Op[size * lists]);
+        return packed.back().get();
+      };
+      constexpr bool pairs = A::L::pairs;
+      Op* keys = room();
+      Op* values = backward || !pairs ? room() : nullptr;
+      Op* keysT = backward && pairs ? room() : nullptr;
+      Op* valuesT = !backward && pairs ? room() : nullptr;
+      at::parallel_for(0, lists, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t bk = begin; bk < end; ++bk) {
+          attention.pack_rows(attention.k, bk, keys + bk * size);
+          if (values) attention.pack_rows(attention.v, bk, values + bk * size);
+          if (keysT) attention.pack_columns(attention.k, bk, keysT + bk * size);
+          if (valuesT) attention.pack_columns(attention.v, bk, valuesT + bk * size);
+        }
+      });
+      attention.packed_k = keys;
+      attention.packed_v = values;
+      attention.packed_kT = keysT;
+      attention.packed_vT = valuesT;
+    }
+  }
+};
+
+template <class Op>
+struct Units {};
+template <>
+struct Units<BFloat> : MatrixUnits {};
+
+template <class In, class Op>
+void run_forward(Call<In, Op>& call, const Tensor& out, const Tensor& stats) {
+  auto& attention = call.attention;
+  const View<In> to = view<In>(out);
+  attention.stats = stats.data_ptr<float>();
+  call.pack(false);
+  clear_unselected(attention.s, call.selected, to);
+  const int64_t count = int64_t(call.blocks.size());
+  share_work(count, [&](std::atomic<int64_t>& next) {
+    [[maybe_unused]] Units<Op> units;
+    Arena arena(attention.forward_bytes());
+    auto memory = attention.forward_memory(arena);
+    for (int64_t i; (i = next.fetch_add(1)) < count;) attention.forward(memory, call.blocks[i], to);
+  });
+}
+
+template <class In, class Op>
+void run_backward(Call<In, Op>& call, const Tensor& grad_, const Tensor& out, const Tensor& stats, const Tensor& dq,
+                  const Tensor& dk, const Tensor& dv, const Tensor& dgates) {
+  auto& attention = call.attention;
+  const Shape& s = attention.s;
+  const Tensor grad = unit_stride(grad_);
+  const auto grad_view = view<const In>(grad), out_view = view<const In>(out);
+  const auto dq_view = view<In>(dq), dk_view = view<In>(dk), dv_view = view<In>(dv);
+  const auto dgates_view = view_of_gates<In>(dgates);
+  attention.stats = stats.data_ptr<float>();
+  call.pack(true);
+  clear_unselected(s, call.selected, dq_view);
+
+  // A piece of work owns the key and value gradients of one key-value head. Where there are fewer of those than threads,
+  // a head's blocks are dealt out to several pieces, whose sums are added up in order.
+  const int64_t lists = s.B * s.K, threads = at::get_num_threads();
+  const int64_t pieces = lists >= threads ? 1 : (threads + lists - 1) / lists;
+  const int64_t dim = Layout<In, Op>::padded_dim(s.D), size = Layout<In, Op>::padded_keys(s.T) * dim;
+  std::vector<int64_t> first(lists + 1, 0);
+  for (const BlockOfRows& block : call.blocks) ++first[block.bk + 1];
+  for (int64_t bk = 0; bk < lists; ++bk) first[bk + 1] += first[bk];
+  std::unique_ptr<float[]> partial(pieces > 1 ? new float[lists * pieces * 2 * size] : nullptr);
+
+  const auto finish = [&](int64_t bk, const float* dk_sum, const float* dv_sum) {
+    for (int64_t t = 0; t < s.T; ++t) {
+      In *dk_row = dk_view.at(bk / s.K, bk % s.K, t), *dv_row = dv_view.at(bk / s.K, bk % s.K, t);
+      for (int64_t d = 0; d < s.D; ++d) narrow(dk_sum[t * dim + d], dk_row + d);
+      for (int64_t d = 0; d < s.D; ++d) narrow(dv_sum[t * dim + d], dv_row + d);
+    }
+  };
+  share_work(lists * pieces, [&](std::atomic<int64_t>& next) {
+    [[maybe_unused]] Units<Op> units;
+    Arena arena(attention.backward_bytes());
+    auto memory = attention.backward_memory(arena);
+    std::unique_ptr<float[]> own(partial ? nullptr : new float[2 * size]);
+    for (int64_t i; (i = next.fetch_add(1)) < lists * pieces;) {
+      const int64_t bk = i / pieces, piece = i % pieces;
+      memory.dk = partial ? partial.get() + i * 2 * size : own.get();
+      memory.dv = memory.dk + size;
+      std::memset(memory.dk, 0, 2 * size * sizeof(float));
+      for (int64_t block = first[bk] + piece; block < first[bk + 1]; block += pieces) {
+        attention.backward(memory, call.blocks[block], grad_view, out_view, dq_view, dgates_view);
+      }
+      if (!partial) finish(bk, memory.dk, memory.dv);
+    }
+  });
+  if (partial) {
+    at::parallel_for(0, lists, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t bk = begin; bk < end; ++bk) {
+        float* sum = partial.get() + bk * pieces * 2 * size;
+        for (int64_t piece = 1; piece < pieces; ++piece) {
+          for (int64_t i = 0; i < 2 * size; ++i) sum[i] += sum[piece * 2 * size + i];
+        }
+        finish(bk, sum, sum + size);
+      }
+    });
+  }
+}
+
+// [B, H, N, D] with the heads of a token side by side, as the output projection wants them.
+Tensor empty_by_token(const Tensor& q) {
+  return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);
+}
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gates,
+                                  const Tensor& selected, const std::optional<Tensor>& mask, bool causal, double scale) {
+  Tensor out = empty_by_token(q);
+  Tensor stats = at::zeros({2, q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+  if (q.scalar_type() == at::kFloat) {
+    Call<float, float> call(q, k, v, gates, selected, mask, causal, scale);
+    run_forward(call, out, stats);
+  } else {
+    Call<BFloat, BFloatOperand> call(q, k, v, gates, selected, mask, causal, scale);
+    run_forward(call, out, stats);
+  }
+  return {out, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                           const Tensor& v, const Tensor& gates, const Tensor& selected,
+                                                           const std::optional<Tensor>& mask, const Tensor& out,
+                                                           const Tensor& stats, bool causal, double scale) {
+  Tensor dq = empty_by_token(q), dk = empty_by_token(k), dv = empty_by_token(v);
+  Tensor dgates = at::zeros(gates.sizes(), gates.options());
+  if (q.scalar_type() == at::kFloat) {
+    Call<float, float> call(q, k, v, gates, selected, mask, causal, scale);
+    run_backward(call, grad, out, stats, dq, dk, dv, dgates);
+  } else {
+    Call<BFloat, BFloatOperand> call(q, k, v, gates, selected, mask, causal, scale);
+    run_backward(call, grad, out, stats, dq, dk, dv, dgates);
+  }
+  return {dq, dk, dv, dgates};
+}
+
+}  // namespace
+
+// The schemas, the fake and the autograd formulas are in Python, where they need no compiler.
+TORCH_LIBRARY_IMPL(mixhead, CPU, library) {
+  library.impl("attend_cpu", attend);
+  library.impl("attend_cpu_backward", attend_backward);
+}
+
+}  // namespace mixhead

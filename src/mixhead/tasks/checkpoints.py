@@ -1,0 +1,112 @@
+"""Folders that are either complete or absent: checkpoints of a run, saved models, small files.
+
+Everything is written under a hidden name ending in `.partial` and renamed when it is complete; what a killed process
+leaves under such a name is deleted by the next run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from mixhead.errors import MixheadError
+
+PREFIX = "checkpoint-"
+_PARTIAL = ".partial"
+# What the writers raise when a disk is full: the operating system, safetensors and torch.save.
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [p for p in run.glob(f"{PREFIX}*") if p.is_dir() and re.fullmatch(r"\d+", p.name.removeprefix(PREFIX))]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps done when the checkpoint was written."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def remove_partial(run: Path) -> None:
+    """Deletes what a killed process left half-written or half-deleted."""
+    for path in run.glob(f".*{_PARTIAL}"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or folder so that it is never seen half-deleted under its own name."""
+    if not path.name.endswith(_PARTIAL):
+        path = path.rename(path.with_name(f".{path.name}-{_token(path.parent)}{_PARTIAL}"))
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder under a temporary name, then puts it in place of whatever bore the name before."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}-{_token(folder.parent)}{_PARTIAL}")
+    try:
+        partial.mkdir()
+        write(partial)
+        if folder.exists():
+            remove(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file under a temporary name, then renames it."""
+    partial = path.with_name(f".{path.name}-{_token(path.parent)}{_PARTIAL}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Loads the safetensors of a checkpoint into the model that it was made from.
+
+    Raises:
+        MixheadError: where the files are damaged or belong to another model.
+    """
+    index = checkpoint / "model.safetensors.index.json"
+    try:
+        names = {"model.safetensors"}
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        state = {key: tensor for name in sorted(names) for key, tensor in load_file(checkpoint / name).items()}
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise damaged(checkpoint, error) from error
+    tensors: dict[str, Any] = model.state_dict(keep_vars=True)
+    loaded = {tensors[key].data_ptr() for key in state if key in tensors}
+    lost = [key for key in missing if tensors[key].data_ptr() not in loaded]  # tied weights are stored once
+    if lost or unexpected:
+        raise damaged(checkpoint, f"missing {lost[:3]}, unknown {unexpected[:3]}")
+
+
+def damaged(checkpoint: Path, why: object) -> MixheadError:
+    """The error to raise for a checkpoint that cannot be read."""
+    return MixheadError(
+        f"The checkpoint {checkpoint} is damaged or belongs to another model ({why}); delete this folder to continue "
+        "from the one before it."
+    )
+
+
+def _token(folder: Path) -> str:
+    """A few letters that no other file in the folder has."""
+    return Path(tempfile.mktemp(prefix="", dir=folder)).name
