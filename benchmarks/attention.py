@@ -4,8 +4,8 @@
     python benchmarks/attention.py --set long --dtype bfloat16 --pairs 9 --clock wall --threads 2
 
 A cell is the median over the pairs of (time of dense) / (time of ours): above 1, ours is faster. Every case is first
-compared with the reference in float64, and a wrong result is not timed. With one thread, the clock counts CPU time, which
-a busy machine disturbs little; the wall clock wants an idle one.
+compared with the reference in float64, and a wrong result is not timed. CPU time with one thread survives a busy machine;
+the wall clock wants an idle one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ LONG = [
     Case(1, 4096, False, backward=True),
     Case(1, 4096, True, backward=True),
 ]
-SMALL = [Case(b, n, c) for b, n in ((1, 16), (1, 32), (1, 64), (1, 128), (8, 32), (64, 16), (64, 64)) for c in (False, True)]
+SMALL = [
+    Case(b, n, c) for b, n in ((1, 16), (1, 32), (1, 64), (1, 128), (8, 32), (64, 16), (64, 64)) for c in (False, True)
+]
 DECODE = [
     Case(1, 1, True, keys=4096, heads=32, kv_heads=32, head_dim=128),
     Case(1, 1, True, keys=4096, heads=32, kv_heads=8, head_dim=128),
@@ -70,7 +72,7 @@ DECODE = [
 
 
 def selection(case: Case, share: float, kind: str) -> Tensor:
-    """bool [B, N, H]: each head taken by `share` of the tokens, or one by 90%, one by 10% and the others by the rest."""
+    """bool [B, N, H]: every head taken by `share` of the tokens; or one by 90%, one by 10%, the others alike."""
     if share >= 1:
         return torch.ones(case.batch, case.tokens, case.heads, dtype=torch.bool)
     shares_H = torch.full((case.heads,), share)
@@ -85,7 +87,9 @@ def wrong(case: Case, q: Tensor, k: Tensor, v: Tensor, routing: Routing, impl: s
     groups = case.heads // case.kv_heads
     grad = torch.randn_like(q)
 
-    def outcome(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, gates: Tensor, grad: Tensor) -> list[Tensor]:
+    def outcome(
+        attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, gates: Tensor, grad: Tensor
+    ) -> list[Tensor]:
         leaves = [t.detach().requires_grad_(case.backward) for t in (q, k, v, gates)]
         out = attend(*leaves)
         return [out.detach(), *(torch.autograd.grad(out, leaves, grad) if case.backward else ())]
@@ -95,9 +99,7 @@ def wrong(case: Case, q: Tensor, k: Tensor, v: Tensor, routing: Routing, impl: s
 
     def exact(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
         selected = routing.selected_BNH[..., :groups]
-        return reference.attend(
-            q, k, v, gates, selected, causal=case.causal, scale=case.head_dim**-0.5, attn_mask=None
-        )
+        return reference.attend(q, k, v, gates, selected, causal=case.causal, scale=case.head_dim**-0.5, attn_mask=None)
 
     one = (q[:, :groups], k[:, :1], v[:, :1], routing.gates_BNH[..., :groups], grad[:, :groups])
     expected = outcome(exact, *(t.double() for t in one))
@@ -171,7 +173,9 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cases = {"quick": QUICK, "long": LONG, "small": SMALL, "decode": DECODE}[args.set]
-    print(f"{args.impl} / {args.dtype} / {args.routing} routing / {args.layout} / {args.threads} threads, {args.clock} time")
+    print(
+        f"{args.impl} / {args.dtype} / {args.routing} routing / {args.layout} / {args.threads} threads, {args.clock} time"
+    )
     print(f"torch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}\n")
     print(f"| case | {' | '.join(f'{share:.0%} of heads' for share in args.shares)} |")
     print(f"|---|{'---|' * len(args.shares)}")

@@ -2,6 +2,7 @@
 
 from mixhead import ops
 from mixhead.convert import CalibrationConfig, CalibrationReport, MoHConfig, calibrate, convert, revert
+from mixhead.convert.store import load, save
 from mixhead.errors import MixheadError
 from mixhead.interop import from_official
 from mixhead.models.hugging_face import RoutingLog, RoutingTrace, record_routing, register_with_transformers
@@ -22,9 +23,11 @@ __all__ = [
     "calibrate",
     "convert",
     "from_official",
+    "load",
     "ops",
     "record_routing",
     "revert",
+    "save",
 ]
 
 # The one thing done at import: transformers can only load a model type that it has been told about.

@@ -183,7 +183,9 @@ def test_stock_classes_fail_loudly_beside_mixhead_too(name, saved):
 def test_a_checkpoint_of_an_architecture_that_this_transformers_does_not_know(saved, tmp_path):
     config = json.loads((saved / "llama" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "base_model_type": "llama_of_tomorrow"}))
-    with pytest.raises(mixhead.MixheadError, match="'llama_of_tomorrow', which the installed transformers does not know"):
+    with pytest.raises(
+        mixhead.MixheadError, match="'llama_of_tomorrow', which the installed transformers does not know"
+    ):
         transformers.AutoConfig.from_pretrained(tmp_path)
 
 

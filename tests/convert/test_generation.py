@@ -6,8 +6,9 @@ from zoo import PADDING, TOKENS, WRITERS, ZOO, sound, tokens
 
 import mixhead
 from mixhead import MoHConfig
+from mixhead.models.hugging_face.trace import real_tokens
 
-GREEDY = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+GREEDY = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
 
 
 def converted(name, **config):
@@ -52,6 +53,8 @@ def test_a_static_cache_gives_the_same(name):
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("name", WRITERS)
 def test_left_padding_changes_nothing(name, use_cache):
+    if not use_cache and name not in ("llama", "gemma3"):
+        pytest.skip("left padding without a cache differs little between architectures")
     model = converted(name)
     ids, mask = padded([TOKENS, 4], "left")
     _, together = write(model, input_ids=ids, attention_mask=mask, use_cache=use_cache)
@@ -112,7 +115,7 @@ def test_padding_does_not_count_in_the_balance_loss(side, router):
         """Loss with and without the balance loss; the difference is the balance loss."""
         position = (row_mask.cumsum(-1) - 1).clamp(min=0)
         inputs = {"input_ids": row_ids, "attention_mask": row_mask, "position_ids": position, "labels": labels}
-        return float(model.train()(**inputs).loss) - float(model.eval()(**inputs).loss)
+        return (model.train()(**inputs).loss - model.eval()(**inputs).loss).item()
 
     # The same sequence three times over: its means are those of one copy, however the copies are padded.
     short = ids[1][mask[1].bool()].unsqueeze(0)
@@ -121,7 +124,9 @@ def test_padding_does_not_count_in_the_balance_loss(side, router):
     wide = torch.nn.functional.pad(short, pad, value=PADDING)
     wide_mask = torch.nn.functional.pad(torch.ones_like(short), pad)
     alone = losses(short, torch.ones_like(short), short)
-    beside_padding = losses(wide.repeat(3, 1), wide_mask.repeat(3, 1), wide.masked_fill(wide_mask == 0, -100).repeat(3, 1))
+    beside_padding = losses(
+        wide.repeat(3, 1), wide_mask.repeat(3, 1), wide.masked_fill(wide_mask == 0, -100).repeat(3, 1)
+    )
     assert alone == pytest.approx(beside_padding, abs=1e-4)
     assert alone > 0
 
@@ -163,8 +168,8 @@ def test_while_generating_every_token_is_recorded_once_and_padding_is_left_out(n
         assert log.selected(layer).shape == (2, TOKENS + written, 4)
         # Two of four heads for every real token, so the loads of the four heads add up to two.
         assert float(log.load()[layer].sum()) == pytest.approx(2.0)
-        counted = sum(int(r.token_mask_BN.sum()) if r.token_mask_BN is not None else r.selected_BNH[..., 0].numel()
-                      for name_, r in log.layers if name_ == layer)  # fmt: skip
+        routings = [routing for other, routing in log.layers if other == layer]
+        counted = sum(int(real_tokens(routing).sum()) for routing in routings)
         assert counted == TOKENS + 4 + 2 * written
 
 

@@ -21,7 +21,9 @@ def test_soft_capped_scores():
 
 
 def test_position_biases():
-    model = t.T5ForConditionalGeneration(t.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
+    model = t.T5ForConditionalGeneration(
+        t.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    )
     with refuses("T5ForConditionalGeneration cannot be converted: its layers add a position bias"):
         mixhead.convert(model)
 

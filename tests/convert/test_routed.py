@@ -25,7 +25,7 @@ def converted(name, seed=0, layers=2, **config):
 
 
 def dense_times_gates(name: str, log: mixhead.RoutingLog, skipped: dict[str, Tensor]) -> Tensor:
-    """The slow oracle: the stock model with every head computed from the formula, then multiplied by the logged gates."""
+    """The slow oracle: the stock model, every head computed from the formula and multiplied by its logged gate."""
     gates = {layer: routing.gates_BNH for layer, routing in log.layers}
     selected = {layer: routing.selected_BNH for layer, routing in log.layers}
     model = ZOO[name].make()
@@ -223,6 +223,7 @@ def test_bfloat16_routes_like_float32_where_the_choice_is_clear():
         output = answer(ZOO["llama"], model)
     assert output.dtype == torch.bfloat16
     agreement = [
-        (a.selected_BNH == b.selected_BNH).float().mean() for (_, a), (_, b) in zip(exact.layers, rounded.layers, strict=True)
+        (a.selected_BNH == b.selected_BNH).float().mean()
+        for (_, a), (_, b) in zip(exact.layers, rounded.layers, strict=True)
     ]
     assert min(agreement) > 0.9

@@ -171,10 +171,19 @@ ZOO: dict[str, Animal] = {
     "gpt2": language_model(
         t.GPT2LMHeadModel,
         lambda: t.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0, pad_token_id=PADDING, bos_token_id=1, eos_token_id=2,
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            pad_token_id=PADDING,
+            bos_token_id=1,
+            eos_token_id=2,
         ),
-    ),  # fmt: skip
+    ),
     "gpt_neox": language_model(t.GPTNeoXForCausalLM, lambda: t.GPTNeoXConfig(**SIZES)),
     "bert": encoder(
         t.BertForMaskedLM,

@@ -273,7 +273,7 @@ def test_whatever_the_arguments(impl, data):
         kv_heads=kv_heads,
         head_dim=data.draw(st.integers(1, 9), "D"),
         selection=data.draw(st.sampled_from(sorted(SELECTIONS)), "selection"),
-        dtype=torch.float64,
+        dtype=data.draw(st.sampled_from([torch.float32, torch.float64]), "dtype"),
     )
     full = (batch, heads, queries, keys)
     keep = data.draw(st.lists(st.booleans(), min_size=4, max_size=4), "mask dimensions")

@@ -20,7 +20,6 @@ import mixhead
 from mixhead import MixheadError
 from mixhead.models.hugging_face.model import balance_term, shifts_labels
 from mixhead.tasks import checkpoints, trainer
-from mixhead.tasks.distill import next_token_losses
 from mixhead.tasks.progress import StepLog, read_rows
 from mixhead.tasks.tune import TuneConfig, tune
 
@@ -29,13 +28,25 @@ STEP = 4 * WINDOW  # tokens of an optimizer step in SMALL
 SMALL = TuneConfig(
     tokens=8 * STEP, batch_size=2, gradient_accumulation=2, learning_rate=1e-2, bf16=False, save_every=3, warmup=0.2
 )
-SAME = ("step", "tokens", "loss", "cross_entropy", "balance", "smallest_load", "load_entropy", "gradient_norm", "learning_rate")
+SAME = (
+    "step",
+    "tokens",
+    "loss",
+    "cross_entropy",
+    "balance",
+    "smallest_load",
+    "load_entropy",
+    "gradient_norm",
+    "learning_rate",
+)
 
 
 def original(seed=0, **changes):
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=32, **{**sizes, **changes})
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=32, **{**sizes, **changes}
+    )
     return LlamaForCausalLM(config)
 
 
@@ -69,7 +80,9 @@ def assert_same(first, second, **tolerance):
 
 def with_lora(model):
     peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["moh_router"], init_lora_weights=False)
+    lora = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["moh_router"], init_lora_weights=False
+    )
     return peft.get_peft_model(model, lora)
 
 
@@ -107,7 +120,9 @@ MODES = ["plain", "bf16", "fp16_scaled", "checkpointing", "lora"]
 def test_balance_loss_counts_once_however_a_step_is_cut(name, router):
     if name == "lora" and router == "query_norm":
         pytest.skip("this router has no parameters to save")
-    tolerance = {"rtol": 1e-4, "atol": 1e-6} if name in ("plain", "checkpointing", "lora") else {"rtol": 0.05, "atol": 3e-3}
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-6} if name in ("plain", "checkpointing", "lora") else {"rtol": 0.05, "atol": 3e-3}
+    )
     ids = windows(2)
     whole, whole_gradients = Mode(name, 0.5, router).step([torch.cat([ids] * 3)])
     cut, cut_gradients = Mode(name, 0.5, router).step([ids] * 3)
@@ -133,7 +148,9 @@ def test_the_whole_gradient_of_the_balance_loss_arrives(name):
     assert router
     rough = name in ("bf16", "fp16_scaled")
     for n in router:
-        torch.testing.assert_close(found[n] - base[n], expected[n], rtol=0.05 if rough else 1e-3, atol=2e-3 if rough else 1e-6)
+        torch.testing.assert_close(
+            found[n] - base[n], expected[n], rtol=0.05 if rough else 1e-3, atol=2e-3 if rough else 1e-6
+        )
 
 
 def test_fp16_loss_scaling_changes_no_gradient():
@@ -165,10 +182,11 @@ def test_the_stock_trainer_counts_it_once(tmp_path):
         share = (label[:, 1:] != -100).sum() / items
         language = F.cross_entropy(logits[:, :-1].flatten(0, 1), label[:, 1:].flatten(), reduction="sum") / items
         (language + 0.5 * trace.balance_loss() * share).backward()
-    data = [{"input_ids": i, "labels": l} for ids, label in zip(batches, labels, strict=True) for i, l in zip(ids, label)]
+    data = [{"input_ids": i, "labels": t} for i, t in zip(torch.cat(batches), torch.cat(labels), strict=True)]
     arguments = TrainingArguments(
         str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1, optim="sgd",
-        learning_rate=1.0, max_grad_norm=1e9, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
+        learning_rate=1.0, max_grad_norm=1e9, report_to="none", save_strategy="no", logging_strategy="no",
+        disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     stock = Trainer(model, arguments, train_dataset=data)
     stock._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(data)
@@ -194,64 +212,6 @@ def test_targets_are_counted_as_the_trainer_counts_them():
     torch.testing.assert_close(balance_term(model, trace, {"labels": labels}), whole)
 
 
-# Distillation
-
-
-def naive_losses(logits, labels, items, teacher, tau):
-    student, teacher = logits[:, :-1].float(), teacher[:, :-1].float()
-    real = (labels[:, 1:] != -100).float()
-    nll = F.cross_entropy(student.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
-    p, q = (teacher / tau).softmax(-1), (student / tau).softmax(-1)
-    kl = (p * (p.log() - q.log())).sum(-1)
-    return nll.sum() / items, tau**2 * (kl * real).sum() / items
-
-
-@pytest.mark.parametrize("tau", [1.0, 2.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_chunked_losses_equal_the_naive_ones(monkeypatch, tau, dtype):
-    monkeypatch.setattr("mixhead.tasks.distill._CHUNK_NUMBERS", 5 * VOCABULARY)
-    logits = torch.randn(3, WINDOW, VOCABULARY, dtype=dtype).mul_(3).requires_grad_()
-    teacher = torch.randn(3, WINDOW, VOCABULARY, dtype=dtype) * 3
-    labels = windows(3).clone()
-    labels[1, 4:9] = -100
-    found = next_token_losses(logits, labels, 100, teacher, tau)
-    expected = naive_losses(logits, labels, 100, teacher, tau)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.double(), other.double(), rtol=1e-5, atol=1e-6)
-    (0.3 * found[0] + 0.7 * found[1]).backward()
-    gradient, logits.grad = logits.grad, None
-    (0.3 * expected[0] + 0.7 * expected[1]).backward()
-    torch.testing.assert_close(gradient, logits.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
-
-
-def test_infinite_logits_at_positions_without_target_give_no_nan():
-    logits = torch.randn(1, 4, 7).index_fill_(1, torch.tensor([3]), torch.inf).requires_grad_()
-    loss, _ = next_token_losses(logits, torch.tensor([[1, 2, 3, 4]]), 3)
-    loss.backward()
-    assert loss.isfinite() and logits.grad.isfinite().all()
-
-
-def test_distillation_under_accumulation_is_that_of_the_whole_batch(tmp_path):
-    teacher = original(seed=3)
-    config = replace(SMALL, tokens=STEP, distillation_weight=0.7, distillation_temperature=2.0, warmup=0.0)
-    tune(original(), windows(4), config, tmp_path / "cut", teacher, progress=False)
-    tune(original(), windows(4), replace(config, batch_size=4, gradient_accumulation=1), tmp_path / "whole", teacher, progress=False)
-    for one, other in zip(rows(tmp_path / "cut"), rows(tmp_path / "whole"), strict=True):
-        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-5)
-        assert float(one["gradient_norm"]) == pytest.approx(float(other["gradient_norm"]), rel=1e-4)
-    ids = windows(4)
-    logits, taught = original()(input_ids=ids).logits, teacher(input_ids=ids).logits
-    cross_entropy, divergence = naive_losses(logits, ids, ids[:, 1:].numel(), taught, 2.0)
-    expected = 0.3 * cross_entropy + 0.7 * divergence
-    assert float(rows(tmp_path / "cut")[0]["loss"]) == pytest.approx(expected.item(), rel=1e-5)
-    assert teacher.lm_head.weight.grad is None
-
-
-def test_distillation_refuses_another_vocabulary():
-    with pytest.raises(MixheadError, match="vocabulary"):
-        next_token_losses(torch.randn(1, 3, 5), torch.ones(1, 3, dtype=torch.int64), 2, torch.randn(1, 3, 6))
-
-
 # A whole run
 
 
@@ -272,11 +232,18 @@ def test_log_and_result(whole_run):
     for row in log:
         values = {name: float(value) for name, value in row.items() if value}
         assert values["loss"] == pytest.approx(values["cross_entropy"] + 0.5 * values["balance"], rel=1e-5)
-        assert 0 <= values["smallest_load"] <= 1 / 3 <= values["largest_load"] <= 1 and 0 <= values["load_entropy"] <= 1.0001
+        assert (
+            0 <= values["smallest_load"] <= 1 / 3 <= values["largest_load"] <= 1
+            and 0 <= values["load_entropy"] <= 1.0001
+        )
         assert values["tokens_per_second"] > 0 and row["distillation"] == ""
     rates = [float(row["learning_rate"]) for row in log]
     assert max(rates) == pytest.approx(1e-2) and rates[-1] == pytest.approx(5e-6) and rates[0] < rates[1]
-    assert sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != "tensorboard") == ["checkpoint-6", "checkpoint-8", "model"]
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != "tensorboard") == [
+        "checkpoint-6",
+        "checkpoint-8",
+        "model",
+    ]
     assert not list(folder.rglob("*.partial")) and not list(folder.rglob("training_args.bin"))
     assert json.loads((folder / "tune.json").read_text())["config"]["seed"] == 0
     loaded = AutoModelForCausalLM.from_pretrained(result.folder)
@@ -345,7 +312,9 @@ def test_a_killed_run_continues_with_the_same_losses(whole_run, tmp_path):
     resumed = tune(converted(), windows(), SMALL, run, resume=True, progress=False)
     assert resumed.resumed_from == 3 and not list(run.glob(".*.partial"))
     assert rows(run) == rows(folder)
-    assert_same(load_file(resumed.folder / "model.safetensors"), load_file(result.folder / "model.safetensors"), rtol=0, atol=0)
+    assert_same(
+        load_file(resumed.folder / "model.safetensors"), load_file(result.folder / "model.safetensors"), rtol=0, atol=0
+    )
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(whole_run, tmp_path, monkeypatch):
@@ -359,7 +328,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_continue(whole_run, tmp_path
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(StepLog, "write", interrupt)
-    with pytest.raises(KeyboardInterrupt, match="after step 2 of 8.*resume=True"):
+    with pytest.raises(KeyboardInterrupt, match=r"after step 2 of 8.*resume=True"):
         tune(converted(), windows(), SMALL, tmp_path / "run", progress=False)
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
@@ -450,6 +419,31 @@ def test_a_full_disk_keeps_the_model_that_was_there(tmp_path):
 # Kinds of runs
 
 
+def test_distillation_under_accumulation_is_that_of_the_whole_batch(tmp_path):
+    teacher = original(seed=3)
+    config = replace(SMALL, tokens=STEP, distillation_weight=0.7, distillation_temperature=2.0, warmup=0.0)
+    tune(original(), windows(4), config, tmp_path / "cut", teacher, progress=False)
+    tune(
+        original(),
+        windows(4),
+        replace(config, batch_size=4, gradient_accumulation=1),
+        tmp_path / "whole",
+        teacher,
+        progress=False,
+    )
+    for one, other in zip(rows(tmp_path / "cut"), rows(tmp_path / "whole"), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-5)
+        assert float(one["gradient_norm"]) == pytest.approx(float(other["gradient_norm"]), rel=1e-4)
+    ids = windows(4)
+    logits, taught = original()(input_ids=ids).logits, teacher(input_ids=ids).logits
+    student, taught = logits[:, :-1], (taught[:, :-1] / 2.0).softmax(-1)
+    cross_entropy = F.cross_entropy(student.transpose(1, 2), ids[:, 1:])
+    divergence = 4.0 * F.kl_div((student / 2.0).log_softmax(-1), taught, reduction="none").sum(-1).mean()
+    expected = 0.3 * cross_entropy + 0.7 * divergence
+    assert float(rows(tmp_path / "cut")[0]["loss"]) == pytest.approx(expected.item(), rel=1e-5)
+    assert teacher.lm_head.weight.grad is None
+
+
 def test_the_original_is_tuned_by_the_same_call(tmp_path):
     result = tune(original(), windows(), replace(SMALL, balance_coefficient=0.1), tmp_path / "run", progress=False)
     log = read_rows(result.log)
@@ -459,7 +453,11 @@ def test_the_original_is_tuned_by_the_same_call(tmp_path):
 
 def test_gradient_checkpointing_and_bf16_train_alike(tmp_path):
     config = replace(SMALL, tokens=2 * STEP)
-    for name, changes in {"plain": {}, "checkpointing": {"gradient_checkpointing": True}, "bf16": {"bf16": True}}.items():
+    for name, changes in {
+        "plain": {},
+        "checkpointing": {"gradient_checkpointing": True},
+        "bf16": {"bf16": True},
+    }.items():
         model = converted()
         tune(model, windows(), replace(config, **changes), tmp_path / name, progress=False)
         assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
@@ -471,7 +469,9 @@ def test_gradient_checkpointing_and_bf16_train_alike(tmp_path):
 
 def test_the_balance_coefficient_can_be_replaced(tmp_path):
     model = converted(coefficient=0.5)
-    result = tune(model, windows(), replace(SMALL, tokens=STEP, balance_coefficient=2.0), tmp_path / "run", progress=False)
+    result = tune(
+        model, windows(), replace(SMALL, tokens=STEP, balance_coefficient=2.0), tmp_path / "run", progress=False
+    )
     row = read_rows(result.log)[0]
     assert float(row["loss"]) == pytest.approx(float(row["cross_entropy"]) + 2.0 * float(row["balance"]), rel=1e-5)
     assert AutoModelForCausalLM.from_pretrained(result.folder).config.moh["balance_coefficient"] == 2.0
@@ -503,7 +503,7 @@ def test_lora_trains_few_weights_resumes_and_is_merged(tmp_path):
     run.mkdir()
     for name in ("tune.json", "log.csv", "checkpoint-6"):
         (tmp_path / "whole" / name).rename(run / name)
-    expected = [row for row in rows(run)]
+    expected = rows(run)
     assert tune(converted(), windows(), config, run, resume=True, progress=False).resumed_from == 6
     assert rows(run) == expected
 
@@ -551,34 +551,6 @@ def test_a_thread_without_signals_can_tune(tmp_path):
     assert not failures
 
 
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"tokens": 0}, "tokens=0 must be a whole number of at least 1"),
-        ({"batch_size": 1.5}, "batch_size=1.5 must be a whole number"),
-        ({"lora_rank": -1}, "lora_rank=-1"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0 must be a positive number"),
-        ({"learning_rate": math.nan}, "learning_rate=nan"),
-        ({"final_learning_rate": 1.0}, "final_learning_rate=1.0 exceeds learning_rate"),
-        ({"schedule": "stairs"}, "schedule='stairs' is unknown: choose one of cosine, linear, constant"),
-        ({"warmup": 1.0}, "warmup=1.0 is a share"),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be a number of at least 0"),
-        ({"max_grad_norm": 0}, "max_grad_norm=0 must be a positive number"),
-        ({"distillation_weight": 1.1}, "distillation_weight=1.1 is a share"),
-        ({"distillation_temperature": 2.0}, "has no effect"),
-        ({"balance_coefficient": math.inf}, "balance_coefficient=inf"),
-        ({"bf16": 1}, "bf16=1 must be True or False"),
-        ({"keep_checkpoints": 0}, "keep_checkpoints=0"),
-    ],
-)
-def test_impossible_configurations_are_refused(changes, sentence):
-    with pytest.raises(MixheadError, match=sentence):
-        TuneConfig(**changes)
-
-
 def test_arguments_that_do_not_fit_are_refused(tmp_path):
     model, run = original(), tmp_path / "run"
     with pytest.raises(MixheadError, match="int64"):
@@ -599,12 +571,3 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(MixheadError, match="cannot be the folder of a run"):
         tune(model, windows(), SMALL, tmp_path / "file")
     assert not run.exists()
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_learning_rates(schedule):
-    config = TuneConfig(schedule=schedule, warmup=0.1)
-    factors = [config.factor(step, 100) for step in range(100)]
-    assert factors[:10] == sorted(factors[:10]) and factors[10] == 1.0 and 0 < factors[0] < 0.2
-    assert factors[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
-    assert factors[10:] == sorted(factors[10:], reverse=True)

@@ -41,7 +41,7 @@ class CalibrationConfig:
             bare token, and a router fitted there does not carry over to tokens that the calibration text lacks.
         least_share: no layer gets fewer heads than this share of its own.
         pilot_batches: batches for the means and for the loss at each number of heads.
-        probe_batches: batches for the sensitivity of each layer (one forward pass per layer and batch).
+        probe_sequences: sequences for the sensitivity of each layer (one forward pass per layer), off the last batch.
         ridge: strength of the regression's ridge, relative to the mean square of the hidden states.
         autocast: dtype of the forward passes, for example torch.bfloat16; None computes in the model's own.
     """
@@ -50,15 +50,15 @@ class CalibrationConfig:
     dense_layers: int = 1
     least_share: float = 1 / 3
     pilot_batches: int = 2
-    probe_batches: int = 1
+    probe_sequences: int = 1
     ridge: float = 1e-3
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.budget not in ("sensitivity", "uniform"):
             raise MixheadError(f"budget={self.budget!r} is unknown: choose sensitivity or uniform.")
-        if min(self.pilot_batches, self.probe_batches) < 1 or self.dense_layers < 0:
-            raise MixheadError("pilot_batches and probe_batches must be at least 1, and dense_layers at least 0.")
+        if min(self.pilot_batches, self.probe_sequences) < 1 or self.dense_layers < 0:
+            raise MixheadError("pilot_batches and probe_sequences must be at least 1, and dense_layers at least 0.")
         if not 0.0 <= self.least_share <= 1.0 or not 0.0 < self.ridge < math.inf:
             raise MixheadError("least_share must lie between 0 and 1, and ridge must be a positive number.")
 
@@ -161,11 +161,13 @@ class Calibration:
         self.heads = [LayerHeads(**layer) for layer in model.config.moh["layers"]]
         self.groups = [s.num_key_value_heads if model.config.moh["group_balanced"] else 1 for s in self.sites]
         self.pilots = self.batches[: config.pilot_batches]
-        # The probes are the last batches: the routers know them least.
-        self.probes = self.batches[-config.probe_batches :]
+        self.probe_batch = {
+            name: value[: config.probe_sequences] if isinstance(value, Tensor) and value.dim() else value
+            for name, value in self.batches[-1].items()
+        }
         self.on_progress = on_progress
         probed = len(self.sites) if self.by_sensitivity else 0
-        self.steps = 2 * len(self.pilots) + len(self.batches) + (1 + probed) * len(self.probes) * self.by_sensitivity
+        self.steps = 2 * len(self.pilots) + len(self.batches) + (1 + probed) * self.by_sensitivity
         self.done = 0
 
     @property
@@ -185,7 +187,8 @@ class Calibration:
                 sensitivity = self.probe(fits, shared)
                 self.heads = self.budget(counts, losses, sensitivity)
             self.install(self.heads, fits, shared)
-        tokens = self.tokens_seen
+        for site in self.sites:
+            site.module.train(site.module.training)  # new routers take on the mode that is in force again
         return CalibrationReport(
             tuple(
                 LayerReport(
@@ -198,7 +201,7 @@ class Calibration:
                 )
                 for site, heads in zip(self.sites, self.heads, strict=True)
             ),
-            tokens,
+            self.tokens_seen,
         )
 
     def measure_means(self) -> dict[str, Tensor]:
@@ -249,12 +252,10 @@ class Calibration:
         """Step 3: how far the output moves when one layer alone is routed, as in the configured budget."""
         self.install(self.probe_heads(), fits, shared)
         routed = [site.name for site, heads in zip(self.sites, self.probe_heads(), strict=True) if not heads.is_dense]
-        moved = dict.fromkeys(routed, 0.0)
-        for batch in self.probes:
-            dense = sampled_output(self.run_model(batch, OnlyTrace(None)))
-            for name in routed:
-                moved[name] += divergence(dense, sampled_output(self.run_model(batch, OnlyTrace(name)))) / len(self.probes)
-        return moved
+        dense = comparable_output(self.run_model(self.probe_batch, OnlyTrace(None)))
+        return {
+            name: divergence(dense, comparable_output(self.run_model(self.probe_batch, OnlyTrace(name)))) for name in routed
+        }
 
     def probe_heads(self) -> list[LayerHeads]:
         """The heads at which layers are probed: two thirds of them, a number at which a difference shows."""
@@ -348,15 +349,11 @@ def evaluation(model: PreTrainedModel, autocast: torch.dtype | None) -> Iterator
             module.training = training
 
 
-def sampled_output(outputs: Any, every: int = 4) -> tuple[str, Tensor]:
-    """What a model says, in a form that two runs can be compared in: ("logits", log-probabilities) or ("states", …).
-
-    Of long sequences every fourth position is enough, and a large vocabulary takes a quarter of the memory.
-    """
+def comparable_output(outputs: Any) -> tuple[str, Tensor]:
+    """What a model says, in a form that two runs can be compared in: ("logits", log-probabilities) or ("states", …)."""
     for name in ("logits", "logits_per_image"):
         logits = getattr(outputs, name, None)
         if logits is not None:
-            logits = logits[:, every - 1 :: every] if logits.dim() == 3 and logits.shape[1] >= every else logits
             return "logits", logits.float().log_softmax(-1)
     states = getattr(outputs, "last_hidden_state", None)
     return "states", (outputs[0] if states is None else states).float()

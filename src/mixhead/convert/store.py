@@ -156,7 +156,7 @@ def load_tokenizer(path: PathLike) -> PreTrainedTokenizerBase:
 
 
 def check_folder(path: PathLike) -> Path:
-    """The folder, if there is one, with its weights looked at: they must not be empty or mere pointers to a download."""
+    """The folder, if there is one with a configuration in it."""
     register_with_transformers()
     folder = Path(path)
     if not folder.exists():

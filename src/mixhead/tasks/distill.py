@@ -88,7 +88,9 @@ class _NextTokenLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_cross_entropy: Tensor, grad_divergence: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(
+        ctx: Any, grad_cross_entropy: Tensor, grad_divergence: Tensor
+    ) -> tuple[Tensor | None, None, None, None]:
         logits_RV, targets_R, teacher_RV = ctx.saved_tensors
         dtype = torch.promote_types(logits_RV.dtype, torch.float32)
         temperature: float = ctx.temperature

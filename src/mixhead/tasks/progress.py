@@ -82,7 +82,7 @@ def _tensorboard(folder: Path, steps: int) -> Any:
     except ImportError:
         logger.info("The package tensorboard is not installed, so the run is logged to a CSV file only.")
         return None
-    return SummaryWriter(str(folder), purge_step=steps + 1, flush_secs=30)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=steps + 1, flush_secs=30)
 
 
 class ProgressBar:
@@ -100,7 +100,9 @@ class ProgressBar:
                 TextColumn("Tuning"),
                 BarColumn(),
                 TaskProgressColumn(),
-                TextColumn("step {task.completed}/{task.total}, loss {task.fields[loss]}, {task.fields[speed]} tokens/s"),
+                TextColumn(
+                    "step {task.completed}/{task.total}, loss {task.fields[loss]}, {task.fields[speed]} tokens/s"
+                ),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
@@ -114,7 +116,9 @@ class ProgressBar:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -128,7 +132,9 @@ class ProgressBar:
         elif self._enabled and now - self._said >= _SAY_EVERY:
             self._said = now
             left = per_step * (self._steps - step) / 60
-            logger.info("Tuning: step %d of %d, loss %.3f, %.0f tokens/s, %.0f min left.", step, self._steps, loss, speed, left)
+            logger.info(
+                "Tuning: step %d of %d, loss %.3f, %.0f tokens/s, %.0f min left.", step, self._steps, loss, speed, left
+            )
 
 
 def routing_health(trace: RoutingTrace) -> Tensor | None:
@@ -151,4 +157,3 @@ def routing_health(trace: RoutingTrace) -> Tensor | None:
         entropy = -(share_H * share_H.clamp(min=1e-12).log()).sum() / load_H.new_tensor(float(count)).log()
         layers.append(torch.stack([smallest, largest, entropy]))
     return torch.stack(layers).mean(0) if layers else None
-

@@ -50,6 +50,7 @@ COLUMNS = (
     "seconds",  # since the start of the run, without the time in which it was not running
 )
 ROUTER = "moh_router"
+SKIPPED = "moh_skipped"  # stands in for the output of a skipped head, a bias in all but its shape
 _PARTS = 7  # numbers that each micro-batch contributes to: three losses, three of routing health, a request to stop
 
 
@@ -83,7 +84,12 @@ def collate(windows: list[Tensor]) -> dict[str, Tensor]:
 class TuneTrainer(Trainer):
     """Differs from the stock Trainer in what its methods say, and in nothing else."""
 
-    def __init__(self, model: nn.Module, config: TuneConfig, windows_WT: Tensor, run: Path, teacher: nn.Module | None) -> None:
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
+
+    def __init__(
+        self, model: nn.Module, config: TuneConfig, windows_WT: Tensor, run: Path, teacher: nn.Module | None
+    ) -> None:
         self.tuning, self.run_folder, self.teacher = config, run, teacher
         per_step = config.batch_size * config.gradient_accumulation
         arguments = TrainingArguments(
@@ -183,7 +189,7 @@ class TuneTrainer(Trainer):
             self._parts[3:6] += health_3 * share
 
     def finish_step(self) -> list[float | None]:
-        """The parts of the step's loss and its routing health, over all processes; None where there is no such thing."""
+        """The parts of the step's loss and its routing health, over all processes; None where there is none."""
         self._parts[6] = float(self.interrupted)
         *parts, requests = self.accelerator.reduce(self._parts, "sum").tolist()
         self._parts = torch.zeros_like(self._parts)
@@ -191,7 +197,9 @@ class TuneTrainer(Trainer):
         distils = self.tuning.distillation_weight > 0.0
         return [parts[0], parts[1] if distils else None, *(parts[2:] if self._routes else [None] * 4)]
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[Any]:
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> contextlib.AbstractContextManager[Any]:
         """Around the loss alone. The wrapper of accelerate would copy the logits to float32 as well."""
         if not self.tuning.bf16:
             return contextlib.nullcontext()
@@ -203,7 +211,10 @@ class TuneTrainer(Trainer):
         """The windows in the order of `WindowOrder`."""
         assert isinstance(self.train_dataset, WindowOrder)
         loader = DataLoader(
-            self.train_dataset, self.tuning.batch_size, sampler=SequentialSampler(self.train_dataset), collate_fn=collate
+            self.train_dataset,
+            self.tuning.batch_size,
+            sampler=SequentialSampler(self.train_dataset),
+            collate_fn=collate,
         )
         return self.accelerator.prepare(loader)
 
@@ -214,7 +225,8 @@ class TuneTrainer(Trainer):
         kinds: dict[str, list[nn.Parameter]] = {"decay": [], "keep": [], "router": []}
         for name, parameter in (self.model if model is None else model).named_parameters():
             if parameter.requires_grad:
-                kind = "router" if f".{ROUTER}." in name else "decay" if parameter.dim() > 1 else "keep"
+                constant = parameter.dim() < 2 or name.endswith(SKIPPED)
+                kind = "router" if f".{ROUTER}." in name else "keep" if constant else "decay"
                 kinds[kind].append(parameter)
         rate = self.tuning.learning_rate
         groups = [
@@ -237,7 +249,7 @@ class TuneTrainer(Trainer):
         """The learning rates by `TuneConfig.factor`."""
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.optimizer if optimizer is None else optimizer,
+                self.create_optimizer() if optimizer is None else optimizer,
                 lambda step: self.tuning.factor(step, num_training_steps),
             )
             self._created_lr_scheduler = True
@@ -283,7 +295,8 @@ class TuneTrainer(Trainer):
         complete = checkpoints(self.run_folder)
         if not complete:
             return f"No checkpoint was written yet in {self.run_folder}: the run has to start again."
-        return f"The checkpoint {complete[-1]} is complete: resume=True (--resume) continues after step {step_of(complete[-1])}."
+        last = complete[-1]
+        return f"The checkpoint {last} is complete: resume=True (--resume) continues after step {step_of(last)}."
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Safetensors only. The stock method would also read the configuration, which converted models guard."""

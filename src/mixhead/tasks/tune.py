@@ -108,7 +108,7 @@ def tune(
     run = Path(output_dir)
     _check_arguments(model, windows_WT, config, teacher)
     if isinstance(model, MoHModelMixin) and config.balance_coefficient is not None:
-        model.config.moh = {**model.config.moh, "balance_coefficient": config.balance_coefficient}  # type: ignore[attr-defined]
+        model.config.moh = {**model.config.moh, "balance_coefficient": config.balance_coefficient}
     set_seed(config.seed)
     trained = _with_lora(model, config) if config.lora_rank else model
     with ExitStack() as undo:
@@ -159,7 +159,9 @@ def _train(trainer: TuneTrainer, checkpoint: Path | None, done: int, progress: b
         if log is not None:
             log.close()
     if trainer.state.global_step < trainer.steps:
-        sentence = f"Tuning was stopped after step {trainer.state.global_step} of {trainer.steps}. {trainer.where_to_resume()}"
+        sentence = (
+            f"Tuning was stopped after step {trainer.state.global_step} of {trainer.steps}. {trainer.where_to_resume()}"
+        )
         logger.warning(sentence)
         raise KeyboardInterrupt(sentence)
     return report.seconds
@@ -183,7 +185,9 @@ def _check_arguments(
             "cut the text with the model's own tokenizer."
         )
     if config.distillation_weight > 0.0 and teacher is None:
-        raise MixheadError(f"distillation_weight={config.distillation_weight} needs a teacher: give the original model.")
+        raise MixheadError(
+            f"distillation_weight={config.distillation_weight} needs a teacher: give the original model."
+        )
     if config.distillation_weight == 0.0 and teacher is not None:
         raise MixheadError("A teacher was given, but distillation_weight is 0: give it a weight, or leave it out.")
     if teacher is model:
@@ -245,7 +249,7 @@ def _open_run(trainer: TuneTrainer, windows_WT: Tensor, resume: bool) -> int:
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "windows": list(windows_WT.shape),
-        "windows_sha256": hashlib.sha256(windows_WT.contiguous().numpy()).hexdigest(),
+        "windows_sha256": hashlib.sha256(windows_WT.contiguous().numpy().tobytes()).hexdigest(),
         "processes": trainer.accelerator.num_processes,
     }
     manifest = run / "tune.json"
@@ -273,7 +277,9 @@ def _check_same_run(manifest: Path, passport: dict[str, Any], config: TuneConfig
         before = json.loads(manifest.read_text(encoding="utf-8"))
         differences = config.differences(before["config"])
         others = [key for key in passport if key != "config"]
-        differences += [f"{key} was {before[key]!r} and is {passport[key]!r}" for key in others if before[key] != passport[key]]
+        differences += [
+            f"{key} was {before[key]!r} and is {passport[key]!r}" for key in others if before[key] != passport[key]
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MixheadError(f"{manifest} cannot be read ({error}): give another folder for a new run.") from error
     if differences:
@@ -296,7 +302,8 @@ def _save(trainer: TuneTrainer, model: PreTrainedModel, tokenizer: PreTrainedTok
             write_folder(folder, write)
         except WRITE_ERRORS as error:
             raise MixheadError(
-                f"The tuned model cannot be written to {folder} ({error}). {trainer.where_to_resume()} Free some disk first."
+                f"The tuned model cannot be written to {folder} ({error}). {trainer.where_to_resume()} "
+                "Free some disk first."
             ) from error
     return folder
 

@@ -98,7 +98,8 @@ class TuneConfig:
         value = getattr(self, name)
         number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
         if not number or value < 0 or (positive and value == 0) or (math.isinf(value) and not infinity):
-            raise MixheadError(f"{name}={value!r} must be a {'positive ' if positive else ''}number{'' if positive else ' of at least 0'}.")
+            wanted = "a positive number" if positive else "a number of at least 0"
+            raise MixheadError(f"{name}={value!r} must be {wanted}.")
 
     def factor(self, step: int, steps: int) -> float:
         """The learning rate of a step (counted from 0) as a share of `learning_rate`."""
@@ -116,4 +117,6 @@ class TuneConfig:
         """The fields in which a saved configuration differs so that its run cannot be continued with this one."""
         harmless = ("save_every", "keep_checkpoints")
         names = [f.name for f in fields(self) if f.name not in harmless]
-        return [f"{n} was {other.get(n)!r} and is {getattr(self, n)!r}" for n in names if other.get(n) != getattr(self, n)]
+        return [
+            f"{n} was {other.get(n)!r} and is {getattr(self, n)!r}" for n in names if other.get(n) != getattr(self, n)
+        ]

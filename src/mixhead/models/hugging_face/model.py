@@ -247,15 +247,14 @@ def target_share(model: Any, kwargs: dict[str, Any]) -> Tensor | float:
     to return its share of the step's mean. The balance loss is shared out the same way, or it would count once per
     micro-batch. Without that number (a loop of one's own, or a Trainer that divides afterwards) the share is 1.
     """
-    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    shifted = kwargs.get("shift_labels")
-    if items is None or (labels is None and shifted is None):
+    items, targets = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+    labels = kwargs.get("labels")
+    if targets is None and labels is not None:
+        targets = labels[..., 1:] if shifts_labels(model) else labels
+    if items is None or targets is None:
         return 1.0
-    if shifted is not None:
-        labels = shifted
-    elif shifts_labels(model):
-        labels = labels[..., 1:]
-    return labels.ne(-100).sum() / items
+    share: Tensor = targets.ne(-100).sum() / items
+    return share
 
 
 def shifts_labels(model: Any) -> bool:
@@ -267,7 +266,7 @@ def shifts_labels(model: Any) -> bool:
 def checkpoints_reentrantly(model: nn.Module) -> bool:
     """Whether gradient checkpointing is on in its reentrant form."""
     functions = (m._gradient_checkpointing_func for m in model.modules() if getattr(m, "gradient_checkpointing", False))
-    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)  # type: ignore[union-attr]
+    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
 def routers(model: nn.Module) -> list[nn.Module | None]:

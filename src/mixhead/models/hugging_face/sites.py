@@ -117,7 +117,9 @@ def make_site(model: PreTrainedModel, name: str, module: nn.Module) -> Attention
     if isinstance(groups, int):
         num_key_value_heads = num_heads // groups
     hidden_size = first_int(module, config, ("embed_dim", "hidden_size"))
-    return AttentionSite(name, module, hidden_size, num_heads, num_key_value_heads, output_projection(model, name, module))
+    return AttentionSite(
+        name, module, hidden_size, num_heads, num_key_value_heads, output_projection(model, name, module)
+    )
 
 
 def first_int(module: nn.Module, config: object, names: tuple[str, ...], default: int | None = None) -> int:

@@ -40,7 +40,9 @@ class RoutingTrace:
         del name
         return False
 
-    def observe(self, name: str, hidden_BNC: Tensor, q_BHND: Tensor, heads_BHND: Tensor, token_mask_BN: Tensor | None) -> None:
+    def observe(
+        self, name: str, hidden_BNC: Tensor, q_BHND: Tensor, heads_BHND: Tensor, token_mask_BN: Tensor | None
+    ) -> None:
         """Shown what a module computes, where `wants_heads` said so; all heads are dense then."""
 
     def balance_loss(self) -> Tensor | None:
@@ -69,7 +71,9 @@ class JoinedTrace(RoutingTrace):
         """As the second says."""
         return self.second.wants_heads(name)
 
-    def observe(self, name: str, hidden_BNC: Tensor, q_BHND: Tensor, heads_BHND: Tensor, token_mask_BN: Tensor | None) -> None:
+    def observe(
+        self, name: str, hidden_BNC: Tensor, q_BHND: Tensor, heads_BHND: Tensor, token_mask_BN: Tensor | None
+    ) -> None:
         """Shows it to the second."""
         self.second.observe(name, hidden_BNC, q_BHND, heads_BHND, token_mask_BN)
 

@@ -47,13 +47,15 @@ def empty_by_token(x_BHND: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("mixhead::attend_cpu")
-def _(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, selected: Tensor, mask: Tensor | None, causal: bool, scale: float):  # type: ignore[no-untyped-def]
-    batch, heads, tokens, _ = q.shape
+def attend_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Shapes and strides of the output and the statistics."""
+    batch, heads, tokens, _head_dim = q.shape
     return empty_by_token(q), q.new_empty(2, batch, heads, tokens, dtype=torch.float32)
 
 
 @torch.library.register_fake("mixhead::attend_cpu_backward")
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *_: Any):  # type: ignore[no-untyped-def]
+def backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    """Shapes and strides of the gradients."""
     return empty_by_token(q), empty_by_token(k), empty_by_token(v), gates.new_empty(gates.shape)
 
 

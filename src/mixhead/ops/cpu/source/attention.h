@@ -207,6 +207,20 @@ class Attention {
     }
   }
 
+  // Keys (or values) t0 ... t0 + count as rows. Rows of a float tensor that lie apart, because the heads of a token are side
+  // by side, are first brought together: at distances of a power of two a cache holds only a few of them.
+  static Left<Op> rows_of_run(const Left<Op>& rows_, int64_t t0, int64_t count, int64_t D, Op* scratch) {
+    if (!L::in_place || rows_.row == D) return rows_.from(t0, 0);
+    for (int64_t t = 0; t < count; ++t) std::memcpy(scratch + t * D, rows_.data + (t0 + t) * rows_.row, D * sizeof(Op));
+    return {scratch, D, 1};
+  }
+
+  // The same, transposed: of `rows_of_run` where operands are read in place, else as packed.
+  static Left<Op> columns_of_run(const KeyValue<Op>& kv, const Left<Op>& columns, const Left<Op>& run, int64_t t0) {
+    if (L::in_place) return {run.data, 1, run.row};
+    return kv.run(columns, kv.run_size, t0, L::keys_in_run);
+  }
+
   // One block of rows while it is worked on. All arrays over lanes have kRows entries.
   struct Block {
     int64_t b, kv_head, count, vectors, end;  // end: keys that any lane sees
@@ -324,12 +338,12 @@ class Attention {
 
   int64_t forward_bytes() const {
     const int64_t dim = L::padded_dim(s.D), run = L::keys_in_run;
-    return 2 * kRows * dim * sizeof(Op) + kRows * dim * 8 + kRows * run * (4 + 4 + 4 + sizeof(Op)) + 4096;
+    return 2 * (kRows + run) * dim * sizeof(Op) + kRows * dim * 8 + kRows * run * (4 + 4 + 4 + sizeof(Op)) + 4096;
   }
 
 
   struct ForwardMemory {
-    Op *rows, *qT, *probs;
+    Op *rows, *qT, *probs, *keys, *values;
     float *scores, *outT;
     Bias bias;
   };
@@ -337,6 +351,8 @@ class Attention {
   ForwardMemory forward_memory(Arena& arena) const {
     const int64_t dim = L::padded_dim(s.D), run = L::keys_in_run;
     ForwardMemory m;
+    m.keys = arena.take<Op>(L::in_place ? run * s.D : 0);
+    m.values = arena.take<Op>(L::in_place ? run * s.D : 0);
     m.rows = arena.take<Op>(kRows * dim);
     m.qT = arena.take<Op>(kRows * dim);
     m.scores = arena.take<float>(kRows * run);
@@ -367,11 +383,13 @@ class Attention {
       if (!set_bias(block, t0, keys, m.bias)) continue;
       const int64_t first = first_vector(block, t0), lane0 = first * kLanes, lanes = block.vectors * kLanes - lane0;
       const int64_t right = lane0 * (L::pairs ? 2 : 1);
-      product(padded, lanes, depth, kv.k.from(t0, 0), m.qT + right, kRows, m.scores + lane0, kRows, false);
+      const Left<Op> keys_run = rows_of_run(kv.k, t0, keys, s.D, m.keys);
+      product(padded, lanes, depth, keys_run, m.qT + right, kRows, m.scores + lane0, kRows, false);
       for (int64_t vector = first; vector < block.vectors; ++vector) {
         softmax(block, m, vector, t0, keys, padded);
       }
-      product(depth, lanes, padded, kv.run(kv.vT, kv.run_size, t0, L::keys_in_run), m.probs + right, kRows, m.outT + lane0, kRows, true);
+      const Left<Op> values = columns_of_run(kv, kv.vT, rows_of_run(kv.v, t0, keys, s.D, m.values), t0);
+      product(depth, lanes, padded, values, m.probs + right, kRows, m.outT + lane0, kRows, true);
     }
     write_output(block, m.outT, out);
   }
@@ -493,19 +511,21 @@ class Attention {
   //     dV += P^T (g dO),   dK += c dS^T Q,   dQ = c dS K
 
   struct BackwardMemory {
-    Op *rows, *qT, *gradT, *q_right, *grad_right, *probs, *d_scores, *d_scores_right;
+    Op *keys, *values, *rows, *qT, *gradT, *q_right, *grad_right, *probs, *d_scores, *d_scores_right;
     float *scores, *d_probs, *dqT, *dk, *dv;
     Bias bias;
   };
 
   int64_t backward_bytes() const {
     const int64_t dim = L::padded_dim(s.D), run = L::keys_in_run;
-    return 6 * kRows * dim * sizeof(Op) + kRows * dim * 4 + kRows * run * (16 + 3 * sizeof(Op)) + 8192;
+    return (6 * kRows + 2 * run) * dim * sizeof(Op) + kRows * dim * 4 + kRows * run * (16 + 3 * sizeof(Op)) + 8192;
   }
 
   BackwardMemory backward_memory(Arena& arena) const {
     const int64_t dim = L::padded_dim(s.D), run = L::keys_in_run;
     BackwardMemory m;
+    m.keys = arena.take<Op>(L::in_place ? run * s.D : 0);
+    m.values = arena.take<Op>(L::in_place ? run * s.D : 0);
     m.rows = arena.take<Op>(kRows * dim);
     m.qT = arena.take<Op>(kRows * dim);
     m.gradT = arena.take<Op>(kRows * dim);
@@ -569,8 +589,9 @@ class Attention {
       if (!set_bias(block, t0, keys, m.bias)) continue;
       const int64_t first = first_vector(block, t0), lane0 = first * kLanes, lanes = block.vectors * kLanes - lane0;
       const int64_t right = lane0 * (L::pairs ? 2 : 1), rows_left = L::pairs ? lanes : block.count - lane0;
-      product(padded, lanes, depth, kv.k.from(t0, 0), m.qT + right, kRows, m.scores + lane0, kRows, false);
-      product(padded, lanes, depth, kv.v.from(t0, 0), m.gradT + right, kRows, m.d_probs + lane0, kRows, false);
+      const Left<Op> keys_run = rows_of_run(kv.k, t0, keys, s.D, m.keys);
+      product(padded, lanes, depth, keys_run, m.qT + right, kRows, m.scores + lane0, kRows, false);
+      product(padded, lanes, depth, rows_of_run(kv.v, t0, keys, s.D, m.values), m.gradT + right, kRows, m.d_probs + lane0, kRows, false);
       for (int64_t vector = first; vector < block.vectors; ++vector) {
         const int64_t at = vector * kLanes;
         differentiate(block, m, vector, t0, keys, padded, load(scaled_gate + at), load(delta + at), load(inverse + at),
@@ -579,7 +600,8 @@ class Attention {
       const Left<Op> probs{m.probs + lane0, kRows, 1}, d_scores{m.d_scores + lane0, kRows, 1};
       product(padded, dim, rows_left, probs, m.grad_right + lane0 * dim, dim, m.dv + t0 * dim, dim, true);
       product(padded, dim, rows_left, d_scores, m.q_right + lane0 * dim, dim, m.dk + t0 * dim, dim, true);
-      product(depth, lanes, padded, kv.run(kv.kT, kv.run_size, t0, L::keys_in_run), m.d_scores_right + right, kRows, m.dqT + lane0, kRows, true);
+      const Left<Op> columns = columns_of_run(kv, kv.kT, keys_run, t0);
+      product(depth, lanes, padded, columns, m.d_scores_right + right, kRows, m.dqT + lane0, kRows, true);
     }
     for (int64_t lane = 0; lane < block.count; ++lane) {
       In* row = dq.at(block.b, block.h[lane], block.n[lane]);

@@ -1,12 +1,13 @@
 """Compiles the kernel on first use and keeps it in the user's cache.
 
-A build is known by the version of PyTorch, the instruction set, the compiler and its flags, and the sources: a cache that
-several machines share holds one build for each kind. One process compiles while the others wait; a build appears in the
-cache whole or not at all, and one whose checksum does not fit is made anew.
+A build is known by the version of PyTorch, the instruction set, the compiler's flags and the sources: a cache that several
+machines share holds one build for each kind. One process compiles while the others wait; a build appears in the cache
+whole or not at all, and one whose checksum does not fit is made anew.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -87,6 +88,8 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(". \n") + "."
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
 def best_level() -> str:
     """The best instruction set of this CPU that PyTorch may use; MIXHEAD_CPU_LEVEL names another one."""
     if wanted := os.environ.get("MIXHEAD_CPU_LEVEL"):
@@ -124,8 +127,9 @@ def library(level: str) -> Path:
         BuildError: without a compiler, where compiling fails or the cache cannot be written.
     """
     command = compile_command(level)
-    texts = [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.suffix in (".h", ".cpp")]
-    known_by = [torch.__version__, level, platform.machine(), *command[1:], *(hashlib.sha256(t).hexdigest() for t in texts)]
+    sources = [file for file in sorted(SOURCES.iterdir()) if file.suffix in (".h", ".cpp")]
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sources]
+    known_by = [torch.__version__, level, platform.machine(), *command[1:], *contents]
     key = hashlib.sha256("\n".join(known_by).encode()).hexdigest()[:16]
     path = cache_directory() / "kernels" / f"attend-torch{torch.__version__}-{level}-{key}.so"
     if is_whole(path):

@@ -1,0 +1,216 @@
+"""What conversion costs SmolLM2-135M, before and after tuning: every arm reads the same tokens.
+
+    python benchmarks/language_model.py --run RUNS --tokens 163840
+
+Arms: the original; the published recipe (first heads shared, query norm) at 7 of 9 heads; ours at 7 and at 6 of 9. Each is
+evaluated before and after tuning on the test part of the addresses, and before tuning on a text of another kind if
+`--other` names one. The run can be stopped at any time: called again, it goes on where it was. `--only` runs single arms;
+the table is written from all that are complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mixhead
+from mixhead.tasks.evaluate import Accuracy, Perplexity, Row, Table, perplexity
+from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
+from mixhead.tasks.smollm2 import smollm2_folder
+from mixhead.tasks.text import text_source, token_windows
+from mixhead.tasks.tune import TuneConfig, tune
+
+WINDOW = 512
+TEST_WINDOWS = 48
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of the comparison: how it is made from the original, and the weight of its balance loss."""
+
+    title: str
+    config: mixhead.MoHConfig | None
+    balance_coefficient: float | None = None
+
+
+def published(active_heads: int) -> mixhead.MoHConfig:
+    """The published recipe for LLaMA3 at 9 heads: the first half (4) shared, the rest by query norm."""
+    return mixhead.MoHConfig(active_heads=active_heads, shared_heads=4, router="query_norm")
+
+
+ARMS = {
+    "original": Arm("original", None),
+    "published-7": Arm("published recipe (first 4 shared, query norm)", published(7), 0.01),
+    "mixhead-7": Arm("mixhead, calibrated", mixhead.MoHConfig(active_heads=7, shared_heads=0), 0.0),
+    "mixhead-6": Arm("mixhead, calibrated", mixhead.MoHConfig(active_heads=6, shared_heads=0), 0.0),
+}
+
+
+def main() -> None:
+    """Runs the arms that are not complete and writes the table."""
+    arguments = parse_arguments()
+    folder = smollm2_folder(arguments.run, say=print)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name in arguments.only or ARMS:
+        run_arm(name, ARMS[name], folder, tokenizer, arguments)
+    table = make_table(arguments)
+    print(table.to_markdown())
+    if arguments.out is not None:
+        arguments.out.with_suffix(".md").write_text(table.to_markdown(), encoding="utf-8")
+        arguments.out.with_suffix(".json").write_text(table.to_json(), encoding="utf-8")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder for models, checkpoints and logs (3 GB an arm)")
+    parser.add_argument("--tokens", type=int, default=163_840, help="tokens to tune every arm on")
+    parser.add_argument("--tasks", type=int, default=0, help="questions of each lm-eval task; 0 leaves them out")
+    parser.add_argument("--other", type=Path, help="a text of another kind, for perplexity before tuning")
+    parser.add_argument("--only", nargs="*", choices=list(ARMS), help="run only these arms")
+    parser.add_argument("--out", type=Path, help="write the table to OUT.md and OUT.json")
+    return parser.parse_args()
+
+
+def run_arm(name: str, arm: Arm, dense: Path, tokenizer: Any, arguments: argparse.Namespace) -> None:
+    """Converts, evaluates, tunes and evaluates again; every result is kept in a file and not made twice."""
+    place = arguments.run / name
+    place.mkdir(parents=True, exist_ok=True)
+    start = place / "start"
+    results = place / "results.json"
+    done: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
+    if not start.exists():
+        model, seconds = convert(AutoModelForCausalLM.from_pretrained(dense), arm, tokenizer)
+        mixhead.save(model, tokenizer, start)
+        done["conversion_seconds"] = seconds
+        keep(results, done)
+    evaluations = {"before": start}
+    if arguments.tokens:
+        evaluations[f"after-{arguments.tokens}"] = tuned(name, arm, start, place, tokenizer, arguments.tokens, done)
+        keep(results, done)
+    for when, source in evaluations.items():
+        evaluate(AutoModelForCausalLM.from_pretrained(source), tokenizer, when, done, arguments, lambda: keep(results, done))
+
+
+def convert(model: Any, arm: Arm, tokenizer: Any) -> tuple[Any, float]:
+    """The arm's model, and the seconds that its conversion took."""
+    begin = time.perf_counter()
+    if arm.config is not None:
+        mixhead.convert(model, arm.config)
+        if arm.config.router == "linear":
+            windows_WT = token_windows(tokenizer, text_source("addresses", "calibration"), WINDOW, 32)
+            report = mixhead.calibrate(model, windows_WT.split(4), mixhead.CalibrationConfig(autocast=BF16))
+            print([layer.active_heads for layer in report.layers])
+    return model, time.perf_counter() - begin
+
+
+def tuned(name: str, arm: Arm, start: Path, place: Path, tokenizer: Any, tokens: int, done: dict[str, Any]) -> Path:
+    """The folder of the tuned model; an interrupted run goes on."""
+    run = place / f"tuned-{tokens}"
+    if f"tuned-{tokens}" not in done:
+        windows_WT = token_windows(tokenizer, text_source("addresses", "train"), WINDOW)
+        config = TuneConfig(tokens=tokens, balance_coefficient=arm.balance_coefficient, save_every=20, keep_checkpoints=1)
+        model = AutoModelForCausalLM.from_pretrained(start)
+        print(f"Tuning {name} on {tokens:,} tokens.", flush=True)
+        result = tune(model, windows_WT, config, run, resume=run.exists(), tokenizer=tokenizer)
+        done[f"tuned-{tokens}"] = {"folder": str(result.folder), "seconds": result.seconds, "tokens": result.tokens}
+    return Path(done[f"tuned-{tokens}"]["folder"])
+
+
+def evaluate(
+    model: Any, tokenizer: Any, when: str, done: dict[str, Any], arguments: argparse.Namespace, save: Callable[[], None]
+) -> None:
+    """Perplexities, and the tasks if they are wanted."""
+    layers = model.config.moh["layers"] if isinstance(getattr(model.config, "moh", None), dict) else None
+    heads = model.config.num_attention_heads
+    active = heads if layers is None else sum(layer["active_heads"] for layer in layers) / len(layers)
+    done.setdefault(when, {"active": active, "heads": heads})
+    texts: dict[str, Callable[[], Tensor]] = {
+        "test": lambda: token_windows(tokenizer, text_source("addresses", "test"), WINDOW, TEST_WINDOWS)
+    }
+    if arguments.other is not None and when == "before":
+        texts["other"] = lambda: token_windows(tokenizer, text_source(arguments.other), WINDOW, TEST_WINDOWS)
+    for text, windows in texts.items():
+        if text not in done[when]:
+            done[when][text] = vars(perplexity(model, windows(), autocast=BF16))
+            save()
+    if arguments.tasks and "cloze" not in done[when]:
+        write_tasks(arguments.run / "tasks", items=arguments.tasks)
+        scores = evaluate_tasks(model, tokenizer, arguments.run / "tasks", autocast=BF16)
+        done[when] |= {"cloze": vars(scores.cloze), "choice": vars(scores.choice), "task_seconds": scores.seconds}
+        save()
+
+
+def keep(path: Path, value: dict[str, Any]) -> None:
+    """Writes JSON under a temporary name and renames it."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    partial.replace(path)
+
+
+def make_table(arguments: argparse.Namespace) -> Table:
+    """All arms that have results, untuned ones first."""
+    rows = []
+    for when in ("before", f"after-{arguments.tokens}"):
+        for name, arm in ARMS.items():
+            file = arguments.run / name / "results.json"
+            done = json.loads(file.read_text()) if file.exists() else {}
+            if "test" in done.get(when, {}):
+                rows.append(make_row(arm, name, done, when, arguments.tokens if when != "before" else 0))
+    other = [
+        f"On {arguments.other.name if arguments.other else 'another text'} before tuning: {name} "
+        f"{Perplexity(**json.loads((arguments.run / name / 'results.json').read_text())['before']['other']).perplexity:.2f}."
+        for name in ARMS
+        if "other" in json.loads((arguments.run / name / "results.json").read_text()).get("before", {})
+    ]
+    notes = (
+        f"SmolLM2-135M-Instruct; {TEST_WINDOWS} windows of {WINDOW} tokens of held-out addresses; tuning: batch 4 x "
+        f"{WINDOW}, AdamW 5e-5 falling to 5e-6, bfloat16 autocast, seed 0; one seed.",
+        *other,
+        f"python benchmarks/language_model.py --run RUNS --tokens {arguments.tokens} --tasks {arguments.tasks}",
+        f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{torch.get_num_threads()} threads, {processor()}.",
+    )
+    return Table("SmolLM2-135M as mixture-of-head", tuple(rows), notes)
+
+
+def make_row(arm: Arm, name: str, done: dict[str, Any], when: str, tokens: int) -> Row:
+    """One line of the table."""
+    measured = done[when]
+    seconds = done.get("conversion_seconds", 0.0) + measured["test"]["seconds"] + measured.get("task_seconds", 0.0)
+    if tokens:
+        seconds += done[f"tuned-{tokens}"]["seconds"]
+    return Row(
+        name=arm.title + (", tuned" if tokens else ""),
+        active_heads=measured["active"],
+        heads=measured["heads"],
+        tuning_tokens=tokens,
+        perplexity=Perplexity(**{**measured["test"], "window_nll": tuple(measured["test"]["window_nll"])}),
+        cloze=Accuracy(**measured["cloze"]) if "cloze" in measured else None,
+        choice=Accuracy(**measured["choice"]) if "choice" in measured else None,
+        seconds=seconds,
+        original=name == "original",
+    )
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

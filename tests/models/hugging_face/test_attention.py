@@ -1,0 +1,109 @@
+"""The function behind `attn_implementation="mixhead"`: masks, caches, padding, and what it must not compute."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import mixhead
+from mixhead import MixheadError, MoHConfig
+from mixhead.models.hugging_face import moh_attention_forward
+from mixhead.models.hugging_face.attention import real_tokens_BN
+
+TRUE, FALSE = True, False
+
+
+@pytest.fixture
+def attention():
+    """One attention module with four heads (two key-value heads), of which each token uses two."""
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = mixhead.convert(LlamaForCausalLM(config).eval(), MoHConfig(active=0.5, shared=0.0))
+    return model.model.layers[0].self_attn
+
+
+def states(queries=5, keys=5):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, queries, 4, generator=generator)
+    k, v = (torch.randn(1, 2, keys, 4, generator=generator) for _ in range(2))
+    return q, k, v, torch.randn(1, queries, 16, generator=generator)
+
+
+def attend(module, q, k, v, hidden, mask=None, **more):
+    return moh_attention_forward(module, q, k, v, mask, scaling=0.5, router_hidden_states=hidden, **more)[0]
+
+
+def test_the_empty_places_of_a_static_cache_are_not_seen(attention):
+    q, k, v, hidden = states()
+    empty = torch.full((1, 2, 3, 4), 1e3)
+    with_places = attend(attention, q, torch.cat([k, empty], 2), torch.cat([v, empty], 2), hidden)
+    torch.testing.assert_close(with_places, attend(attention, q, k, v, hidden))
+
+
+def test_a_single_query_sees_the_whole_cache(attention):
+    q, k, v, hidden = states()
+    every = attend(attention, q, k, v, hidden)
+    last = attend(attention, q[:, :, -1:], k, v, hidden[:, -1:])
+    torch.testing.assert_close(last, every[:, -1:])
+
+
+def test_boolean_floating_and_implied_causal_masks_agree(attention):
+    q, k, v, hidden = states()
+    allowed = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    floating = torch.zeros(1, 1, 5, 5).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    implied = attend(attention, q, k, v, hidden)
+    torch.testing.assert_close(attend(attention, q, k, v, hidden, allowed), implied)
+    torch.testing.assert_close(attend(attention, q, k, v, hidden, floating), implied)
+
+
+def test_is_causal_of_the_call_wins_over_that_of_the_module(attention):
+    q, k, v, hidden = states()
+    everything = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    expected = attend(attention, q, k, v, hidden, everything)
+    torch.testing.assert_close(attend(attention, q, k, v, hidden, is_causal=False), expected)
+
+
+@pytest.mark.parametrize("argument", ["softcap", "position_bias", "s_aux", "cache"])
+def test_arguments_that_change_the_mathematics_are_refused_not_ignored(attention, argument):
+    q, k, v, hidden = states()
+    with pytest.raises(MixheadError, match=f"was called with {argument}, which mixture-of-head attention does not"):
+        attend(attention, q, k, v, hidden, **{argument: torch.ones(())})
+
+
+def test_without_hidden_states_there_is_no_routing(attention):
+    with pytest.raises(MixheadError, match="hidden states did not reach its router"):
+        attend(attention, *states()[:3], None)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "real"),
+    [
+        ([[1, 0, 0], [1, 1, 0], [1, 1, 1]], [1, 1, 1]),  # causal
+        ([[0, 0, 0], [0, 1, 0], [0, 1, 1]], [0, 1, 1]),  # padded on the left
+        ([[1, 0, 0], [1, 1, 0], [1, 1, 0]], [1, 1, 0]),  # padded on the right: no key, though it sees others
+        ([[1, 1, 0], [1, 1, 0], [1, 1, 0]], [1, 1, 0]),  # an encoder
+        ([[1, 1, 0]], [1]),  # one query on a cache
+        ([[0, 0, 0, 0], [0, 1, 0, 0]], [0, 1]),  # fewer queries than keys
+    ],
+)
+@pytest.mark.parametrize("floating", [TRUE, FALSE])
+def test_padding_is_read_off_the_mask(allowed, real, floating):
+    mask = torch.tensor(allowed, dtype=torch.bool)[None, None]
+    num_queries, num_keys = mask.shape[2:]
+    if floating:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    assert real_tokens_BN(mask, num_queries, num_keys).int().tolist() == [real]
+
+
+def test_a_bias_in_a_floating_mask_is_no_padding():
+    bias = torch.linspace(-50.0, 0.0, 9).reshape(1, 1, 3, 3)
+    assert real_tokens_BN(bias, 3, 3).all()
+
+
+def test_without_a_mask_nothing_is_known_to_be_padding():
+    assert real_tokens_BN(None, 3, 3) is None

@@ -1,0 +1,406 @@
+"""The C++ kernel: what the tests of all implementations do not ask, and how it is built."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mixhead.ops import cpu, explain, head_attention, reference
+from mixhead.ops.cpu import compiling as builder
+from mixhead.routing import Routing
+
+BUILT, WHY_NOT = cpu.available()
+needs_kernel = pytest.mark.skipif(not BUILT, reason=WHY_NOT)
+
+
+def make(queries, keys=None, *, batch=2, heads=4, kv_heads=4, head_dim=64, share=0.5, dtype=torch.float32):
+    keys = queries if keys is None else keys
+    q = torch.randn(batch, heads, queries, head_dim).to(dtype)
+    k, v = (torch.randn(batch, kv_heads, keys, head_dim).to(dtype) for _ in range(2))
+    selected = torch.rand(batch, queries, heads) < share
+    gates = (torch.rand(batch, queries, heads) + 0.5).to(dtype)
+    return q, k, v, gates, selected
+
+
+def outcome(q, k, v, gates, selected, grad, impl="cpu", **kwargs):
+    """Output and gradients of q, k, v and the gates (those at selected heads)."""
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v, gates)]
+    routing = Routing(torch.where(selected, leaves[3], 0.0), selected)
+    out = head_attention(*leaves[:3], routing, impl=impl, **kwargs)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def exact(q, k, v, gates, selected, grad, **kwargs):
+    wide = {n: t.double() if torch.is_tensor(t) and t.is_floating_point() else t for n, t in kwargs.items()}
+    return outcome(*(t.double() for t in (q, k, v, gates)), selected, grad.double(), impl="reference", **wide)
+
+
+NAMES = ("out", "dq", "dk", "dv", "dgates")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+def assert_close_to_reference(inputs, tolerance=None, **kwargs):
+    grad = torch.randn_like(inputs[0])
+    tolerance = TOLERANCE[grad.dtype] if tolerance is None else tolerance
+    for name, a, e in zip(NAMES, outcome(*inputs, grad, **kwargs), exact(*inputs, grad, **kwargs), strict=True):
+        error = (a - e).abs().max().item() if a.numel() else 0.0
+        assert error <= tolerance * max(1.0, e.abs().max().item()), f"{name}: {error}"
+
+
+@needs_kernel
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("queries", [1, 15, 16, 17, 63, 64, 65, 197, 1000])
+def test_odd_sizes(queries, causal):
+    assert_close_to_reference(make(queries, batch=1), causal=causal)
+
+
+@needs_kernel
+@pytest.mark.parametrize("head_dim", [8, 12, 32, 63, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_dimensions(head_dim, dtype):
+    assert_close_to_reference(make(70, head_dim=head_dim, dtype=dtype), causal=True)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("queries", "keys"), [(70, 200), (200, 70), (1, 130), (3, 130)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_grouped_and_cross_attention(kv_heads, queries, keys, causal):
+    assert_close_to_reference(make(queries, keys, kv_heads=kv_heads), causal=causal)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_skewed_routing_and_heads_nobody_selects(dtype):
+    q, k, v, gates, _ = make(150, dtype=dtype)
+    selected = torch.rand(2, 150, 4) < torch.tensor([0.95, 0.05, 0.0, 1.0])
+    selected[0, 7] = False  # one token selects nothing
+    assert_close_to_reference((q, k, v, gates, selected))
+
+
+@needs_kernel
+def test_a_gate_of_zero_has_a_gradient_where_its_head_is_selected():
+    q, k, v, gates, selected = make(40)
+    gates[:, ::3] = 0.0
+    assert_close_to_reference((q, k, v, gates, selected))
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(2, 1, 1, 150), (2, 1, 150, 150), (1, 4, 150, 150), (150,), (150, 1)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_masks(shape, causal, dtype, kind):
+    mask = torch.rand(shape) < 0.6 if kind == "boolean" else torch.randn(shape).to(dtype)
+    inputs = make(150, kv_heads=2, dtype=dtype)
+    assert_close_to_reference(inputs, causal=causal, attn_mask=mask)
+
+
+@needs_kernel
+def test_masks_are_read_where_they_lie():
+    """Slices, transposes and expansions, and a mask that hides whole runs of keys."""
+    inputs = make(150)
+    for mask in (
+        (torch.rand(150, 150) < 0.6).mT,
+        torch.randn(300, 300)[::2, 1::2],
+        (torch.arange(150) >= 100).expand(2, 1, 150, 150),
+        torch.zeros(150).masked_fill(torch.arange(150) < 70, torch.finfo(torch.float32).min),
+    ):
+        assert_close_to_reference(inputs, attn_mask=mask)
+
+
+@needs_kernel
+def test_layouts():
+    """Tensors as they come from a projection, slices, and rows that are not aligned."""
+    q, k, v, gates, selected = make(100)
+    by_token = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    odd = [torch.zeros(t.numel() + 1)[1:].view(t.shape).copy_(t) for t in (q, k, v)]
+    last = [t.mT.contiguous().mT for t in (q, k, v)]
+    wide = [torch.cat([t, t], -1)[..., :64] for t in (q, k, v)]
+    for qkv in (by_token, odd, last, wide):
+        assert_close_to_reference((*qkv, gates, selected))
+    shared = [t[:, :1].expand(-1, 4, -1, -1) for t in (q, k, v)]
+    assert_close_to_reference((*shared, gates.expand(2, 100, 4), selected))
+
+
+@needs_kernel
+@pytest.mark.parametrize("causal", [False, True])
+def test_bf16_errors_are_those_of_the_stock_kernel(causal):
+    q, k, v, _, selected = make(333, share=1.1, dtype=torch.bfloat16)
+    gates, grad = torch.ones_like(selected, dtype=torch.bfloat16), torch.randn_like(q)
+    ours = outcome(q, k, v, gates, selected, grad, causal=causal)
+    right = exact(q, k, v, gates, selected, grad, causal=causal)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+    stock = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    for a, b, e in zip(ours, stock, right, strict=False):
+        # Both round the probabilities and the output; by chance one or the other is a few percent better.
+        assert (a - e).norm() <= 1.1 * (b - e).norm()
+
+
+@needs_kernel
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bad_numbers_stay_where_they_belong(bad, dtype):
+    q, k, v, gates, selected = make(100, dtype=dtype)
+    selected[0, 10, 0], selected[0, 11, 0] = True, False
+    routing = Routing(gates * selected, selected)
+    clean = head_attention(q, k, v, routing, impl="cpu")
+    q[0, 0, 10, 3] = bad  # selected: its own row is lost, no other
+    q[0, 0, 11] = bad  # not selected: nobody sees it
+    out = head_attention(q, k, v, routing, impl="cpu")
+    assert not out[0, 0, 10].isfinite().any()
+    assert (out[0, 0, 11] == 0).all()
+    out[0, 0, 10] = clean[0, 0, 10]
+    assert torch.equal(out, clean)
+    k[1, 2, 50] = torch.nan  # a key: the rows of its head are lost, no others
+    out = head_attention(*(t.nan_to_num(0, 0, 0) if t is q else t for t in (q, k, v)), routing, impl="cpu")
+    lost = out.isnan().any(-1)
+    assert lost[1, 2][selected[1, :, 2]].all()
+    lost[1, 2] = False
+    assert not lost.any()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_far_scores(dtype):
+    """A maximum that keeps rising, and scores hundreds apart."""
+    q, k, v, gates, selected = make(300, dtype=dtype)
+    k *= torch.linspace(0.1, 12, 300).to(dtype)[:, None]
+    tolerance = 1e-4 if dtype == torch.float32 else 6e-2
+    assert_close_to_reference((q, k, v, gates, selected), tolerance)
+    assert_close_to_reference((q, k.flip(2), v, gates, selected), tolerance, causal=True)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_it_is_deterministic(kv_heads):
+    inputs = make(300, batch=1, kv_heads=kv_heads)
+    grad = torch.randn_like(inputs[0])
+    first = outcome(*inputs, grad, causal=True)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, outcome(*inputs, grad, causal=True), strict=True))
+
+
+@needs_kernel
+def test_the_number_of_threads_does_not_matter():
+    inputs = make(300, batch=1, kv_heads=1)
+    grad, before, results = torch.randn_like(inputs[0]), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(outcome(*inputs, grad, causal=True))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(other[0], results[0][0])
+        for a, b in zip(other, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernel
+def test_eight_threads_may_call_at_once():
+    inputs = make(150)
+    grad = torch.randn_like(inputs[0])
+    expected = outcome(*inputs, grad)
+    with ThreadPoolExecutor(8) as pool:
+        for result in pool.map(lambda _: outcome(*inputs, grad), range(32)):
+            assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+
+
+@needs_kernel
+def test_memory_does_not_grow():
+    resource = pytest.importorskip("resource")
+
+    def calls(count):
+        for i in range(count):
+            q, k, v, gates, selected = make(1 + i % 37, 1 + i % 53, batch=1, head_dim=8 + i % 9)
+            head_attention(q, k, v, Routing(gates * selected, selected), impl="cpu")
+
+    calls(500)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    calls(3000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes
+
+
+@needs_kernel
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_it_works_in_a_forked_process():
+    """As in a data loader's workers, which run one thread."""
+    program = (
+        "import os, torch\n"
+        "from mixhead.ops import head_attention\n"
+        "from mixhead.routing import Routing\n"
+        "torch.set_num_threads(2)\n"
+        "q = torch.randn(1, 4, 80, 32); r = Routing.from_gates(torch.rand(1, 80, 4).round())\n"
+        "a = head_attention(q, q, q, r, impl='cpu')\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    torch.set_num_threads(1)\n"
+        "    os._exit(0 if torch.equal(a, head_attention(q, q, q, r, impl='cpu')) else 1)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+@needs_kernel
+def test_operator_checks():
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v, gates, selected = make(40, 50, kv_heads=2, head_dim=16, dtype=dtype)
+        leaves = [t.requires_grad_() for t in (q, k, v, gates)]
+        for mask in (None, torch.rand(2, 1, 1, 50) < 0.7):
+            torch.library.opcheck(
+                torch.ops.mixhead.attend_cpu.default,
+                (*leaves, selected, mask, mask is None, 0.25),
+                atol=1e-3, rtol=1e-2,
+            )  # fmt: skip
+
+
+@needs_kernel
+def test_torch_compile_without_graph_breaks():
+    q, k, v, gates, selected = make(70)
+
+    def layer(q, k, v, gates):
+        return head_attention(q, k, v, Routing(gates * selected, selected), causal=True, impl="cpu").sum()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    leaves = [t.requires_grad_() for t in (q, k, v, gates)]
+    expected, actual = layer(*leaves), compiled(*leaves)
+    torch.testing.assert_close(actual, expected)
+    for a, e in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@needs_kernel
+def test_a_second_derivative_is_refused():
+    q, k, v, gates, selected = make(20)
+    q.requires_grad_()
+    out = head_attention(q, k, v, Routing(gates * selected, selected), impl="cpu")
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        dq.sum().backward()
+
+
+@needs_kernel
+def test_what_it_refuses_goes_another_way():
+    q, k, v, gates, selected = make(20)
+    routing = Routing(gates * selected, selected)
+    assert "float64" in cpu.refusal(q.double(), None)
+    bias = torch.randn(20, 20, requires_grad=True)
+    assert "mask" in cpu.refusal(q, bias)
+    head_attention(q, k, v, routing, attn_mask=bias, impl="cpu").sum().backward()
+    assert bias.grad.abs().sum() > 0
+
+
+@needs_kernel
+def test_auto_takes_it_where_it_pays():
+    if cpu.best_level() not in cpu.LEVELS[torch.float32]:
+        pytest.skip("on this CPU the kernel is not taken by itself")
+    q, k, _, gates, selected = make(1024, batch=1)
+    assert explain(q, k, Routing(gates * selected, selected), causal=True).impl == "cpu"
+    small = make(16)
+    assert explain(small[0], small[1], Routing(small[3] * small[4], small[4])).impl != "cpu"
+
+
+# How it is built.
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A process that has loaded nothing, and a cache of its own."""
+    monkeypatch.setenv("MIXHEAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(builder, "_outcome", None)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Stands in for the compiler, which takes half a minute, and counts its runs."""
+    runs = []
+
+    def pretend(command, **_):
+        runs.append(command)
+        Path(command[-1]).write_bytes(b"a library")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(builder.subprocess, "run", pretend)
+    monkeypatch.setattr(builder.shutil, "which", lambda name: name)
+    return runs
+
+
+def test_the_cache_is_used_again(fresh, made):
+    assert builder.library("plain") == builder.library("plain")
+    assert len(made) == 1
+    assert sorted(f.suffix for f in (fresh / "kernels").iterdir()) == [".lock", ".sha256", ".so"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "without checksum"])
+def test_a_damaged_cache_is_built_anew(fresh, made, damage):
+    path = builder.library("plain")
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:4])
+    elif damage == "changed":
+        path.write_bytes(b"something")
+    else:
+        path.with_suffix(".sha256").unlink()
+    assert builder.library("plain") == path
+    assert path.read_bytes() == b"a library"
+    assert len(made) == 2
+
+
+def test_each_instruction_set_has_its_own_build(fresh, made):
+    assert len({builder.library(level) for level in builder.LEVELS}) == len(builder.LEVELS)
+
+
+def test_one_process_builds_while_the_others_wait(fresh, made):
+    start = threading.Barrier(4)
+
+    def one(_):
+        start.wait()
+        return builder.library("plain")
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(one, range(4)))) == 1
+    assert len(made) == 1
+
+
+def failing(caplog):
+    with caplog.at_level(logging.WARNING, logger=builder.__name__):
+        for _ in range(3):
+            built, reason = cpu.available()
+            assert not built
+        q, k, v, gates, selected = make(20)
+        routing = Routing(gates * selected, selected)
+        expected = reference.attend(q, k, v, gates * selected, selected, causal=False, scale=0.125, attn_mask=None)
+        torch.testing.assert_close(head_attention(q, k, v, routing, impl="cpu"), expected)
+    warnings = [r.getMessage() for r in caplog.records if "Compiling" not in r.getMessage()]
+    assert len(warnings) == 1, warnings
+    return reason
+
+
+def test_without_a_compiler(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler" in failing(caplog)
+
+
+def test_a_compiler_that_fails(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "false")
+    assert "false failed" in failing(caplog)
+
+
+def test_a_cache_that_cannot_be_written(fresh, caplog):
+    fresh.write_text("a file where the folder should be")
+    assert "cannot be kept" in failing(caplog)
+
+
+def test_nothing_is_compiled_at_import(tmp_path):
+    environment = {**os.environ, "MIXHEAD_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", "import mixhead.ops"], env=environment, check=True, timeout=300)
+    assert list(tmp_path.iterdir()) == []
