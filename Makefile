@@ -6,7 +6,7 @@ SHELL := /bin/bash
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.complete
-DEMO  := $(BIN)/python -m mixhead.tasks.demo
+DEMO  := $(BIN)/mixhead demo
 
 # The first Python that is new enough and can make a virtual environment. Override: make PYTHON=...
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \

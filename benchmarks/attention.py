@@ -4,8 +4,8 @@
     python benchmarks/attention.py --set long --dtype bfloat16 --pairs 9 --clock wall --threads 2
 
 A cell is the median over the pairs of (time of dense) / (time of ours): above 1, ours is faster. Every case is first
-compared with the reference in float64, and a wrong result is not timed. CPU time with one thread survives a busy machine;
-the wall clock wants an idle one.
+compared with the reference in float64, and a wrong result is not timed. CPU time with one thread survives a busy
+machine; the wall clock wants an idle one.
 """
 
 from __future__ import annotations

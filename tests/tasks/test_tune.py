@@ -169,6 +169,19 @@ def test_reentrant_checkpointing_is_refused_where_it_would_lose_the_balance_loss
     model(input_ids=windows(2), labels=windows(2)).loss.backward()
 
 
+def test_the_gradient_of_a_step_is_that_of_its_loss(tmp_path):
+    """What `tune` computes itself, balance loss included, against the losses of the model's own forward."""
+    config = replace(SMALL, tokens=STEP, warmup=0.0, max_grad_norm=math.inf)
+    tune(converted(), windows(), config, tmp_path / "run", progress=False)
+    order = trainer.WindowOrder(windows(), 4, config.seed)
+    batches = [torch.stack([order[0], order[1]]), torch.stack([order[2], order[3]])]
+    loss, found = Mode("plain", 0.5).step(batches)
+    norm = torch.stack([gradient.norm() for gradient in found.values()]).norm()
+    row = rows(tmp_path / "run")[0]
+    assert float(row["loss"]) == pytest.approx(loss, rel=1e-5)
+    assert float(row["gradient_norm"]) == pytest.approx(norm.item(), rel=1e-4)
+
+
 def test_the_stock_trainer_counts_it_once(tmp_path):
     """Uneven micro-batches and its own count of the targets: the step of SGD is the sum of the shares."""
     batches = [windows(2), windows(2, seed=5)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import click
 import typer
 from rich.console import Console
 
@@ -28,20 +27,24 @@ app.command("demo")(demo.demo)
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; a user's mistake is printed as its sentence, without a traceback."""
-    console = Console(stderr=True)
     try:
-        result = app(list(arguments), standalone_mode=False)
-    except (MixheadError, click.UsageError) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        console.print("[red]error:[/red]", end=" ")
-        console.print(message, markup=False, highlight=False)
-        return 2
+        app(list(arguments), prog_name="mixhead")
+    except MixheadError as error:
+        return refuse(str(error))
     except OSError as error:
-        console.print("[red]error:[/red]", end=" ")
         place = f" ({error.filename})" if error.filename else ""
-        console.print(f"{error.strerror or error}{place}.", markup=False, highlight=False)
-        return 2
-    except (KeyboardInterrupt, click.Abort):
-        console.print("Stopped.")
+        return refuse(f"{error.strerror or error}{place}.")
+    except KeyboardInterrupt:
         return 130
-    return result if isinstance(result, int) else 0
+    except SystemExit as finished:
+        # typer ends every command this way, also after it has explained a wrong option (code 2) or Ctrl-C (130).
+        return finished.code if isinstance(finished.code, int) else int(finished.code is not None)
+    return 0
+
+
+def refuse(sentence: str) -> int:
+    """Prints why nothing was done; markup in names that users give is left as it is."""
+    console = Console(stderr=True)
+    console.print("[red]error:[/red]", end=" ")
+    console.print(sentence, markup=False, highlight=False)
+    return 2

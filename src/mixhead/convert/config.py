@@ -144,7 +144,10 @@ class MoHConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a checkpoint's configuration."""
-        return {name: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for name, v in asdict(self).items()}
+        return {
+            name: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v
+            for name, v in asdict(self).items()
+        }
 
 
 def as_list(value: Any) -> list[Any]:

@@ -55,9 +55,9 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
     layers = config.resolve([site.num_heads for site in sites], [site.num_key_value_heads for site in sites])
     register_with_transformers()
     original_attention = attention_of(model.config)
-    config_class = moh_config_class(type(model.config))
-    register_models(config_class)
-    model_class = moh_model_class(type(model))
+    config_class = moh_config_class(type(model.config))  # type: ignore[arg-type]
+    register_models(config_class)  # type: ignore[arg-type]
+    model_class = moh_model_class(type(model))  # type: ignore[arg-type]
     # The modules hold references to the model and its configuration, so both change their class in place.
     model.config.__class__ = config_class
     model.config.moh = {
@@ -67,7 +67,7 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
         "layers": [asdict(layer) for layer in layers],
         "original_attention": original_attention,
     }
-    model.__class__ = model_class  # type: ignore[assignment]
+    model.__class__ = model_class
     try:
         attach_routers(model)
     except Exception:

@@ -93,6 +93,7 @@ def moh_attention_forward(
         router_hidden_states: [B, N, C], from `hand_down_hidden_states`.
         routing_trace: collects the routing.
         decoder_token_mask_BN: bool, False at padding of the decoder, whose cross-attention has no mask to tell it.
+        **kwargs: what else a model passes; refused where it would change the mathematics.
 
     Returns:
         ([B, N, H, D], None); where all heads are used, what the model's own function returns.
@@ -110,15 +111,17 @@ def moh_attention_forward(
     if any(kwargs.get(argument) is not None for argument in UNSUPPORTED):
         given = ", ".join(argument for argument in UNSUPPORTED if kwargs.get(argument) is not None)
         raise MixheadError(f"{name} was called with {given}, which mixture-of-head attention does not compute.")
+    token_mask_BN = real_tokens_BN(attention_mask, query.shape[2], key.shape[2])
     if attention_mask is None and decoder_token_mask_BN is not None and getattr(module, "is_decoder", False):
         token_mask_BN = decoder_token_mask_BN[:, -query.shape[2] :]
-    else:
-        token_mask_BN = real_tokens_BN(attention_mask, query.shape[2], key.shape[2])
     if observed:
         assert routing_trace is not None
-        dense_BNHD, _ = sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scaling, is_causal, **kwargs)
+        dense_BNHD, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, 0.0, scaling, is_causal, **kwargs
+        )
         routing_trace.observe(name, router_hidden_states, query, dense_BNHD.transpose(1, 2), token_mask_BN)
         return dense_BNHD, None
+    assert router is not None
     routing = router(router_hidden_states, query, token_mask_BN)
     if routing_trace is not None:
         routing_trace.record(name, routing)

@@ -88,7 +88,7 @@ class MoHConfigMixin:
             config_dict = {**config_dict["base_config"], **outer}
         flat = {k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")}
         check_description(flat.get("moh"))
-        register_models(cls)
+        register_models(cls)  # type: ignore[arg-type]
         return super().from_dict(flat, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -108,12 +108,12 @@ class MoHConfigMixin:
 
 def check_description(moh: Any) -> None:
     """Raises where what stands under `moh` in a configuration does not say how many heads and which router."""
-    layers = moh.get("layers") if isinstance(moh, dict) else None
-    known = isinstance(layers, list) and {"router", "group_balanced", "balance_coefficient", "original_attention"} <= {*moh}
+    fields = {"layers", "router", "group_balanced", "balance_coefficient", "original_attention"}
     counts = ("num_heads", "active_heads", "shared_heads")
+    known = isinstance(moh, dict) and fields <= {*moh} and isinstance(moh["layers"], list)
     if not known or not all(
         isinstance(layer, dict) and {*layer} == {*counts} and all(type(layer[count]) is int for count in counts)
-        for layer in layers
+        for layer in moh["layers"]
     ):
         raise MixheadError(
             "The configuration of this mixhead checkpoint does not say which heads each layer uses (moh): it is "
@@ -129,7 +129,7 @@ class MoHModelMixin:
     training: bool
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         assert isinstance(self, PreTrainedModel)
         attach_routers(self)
 
@@ -144,7 +144,7 @@ class MoHModelMixin:
         for module in self.modules():
             if not getattr(module, "_is_hf_initialized", False):
                 initialise_routing(module)
-        super().initialize_weights()
+        super().initialize_weights()  # type: ignore[misc]
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         """Refused: under any other attention function all heads would run, and nobody would notice."""
@@ -277,7 +277,11 @@ def routers(model: nn.Module) -> list[nn.Module | None]:
 @functools.cache
 def moh_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The configuration class of models converted from `base`'s."""
-    return type(f"MoH{base.__name__}", (MoHConfigMixin, base), {"base_config_class": base, "model_type": MODEL_TYPE, "__module__": __name__})
+    return type(
+        f"MoH{base.__name__}",
+        (MoHConfigMixin, base),
+        {"base_config_class": base, "model_type": MODEL_TYPE, "__module__": __name__},
+    )
 
 
 @functools.cache
@@ -296,14 +300,15 @@ def moh_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 @functools.cache
 def register_models(config_class: type[PreTrainedConfig]) -> None:
     """Makes every Auto class that knows the original configuration know the converted one too."""
-    base_config_class = config_class.base_config_class  # type: ignore[attr-defined]
-    for auto_class in vars(modeling_auto).values():
+    base_config_class = config_class.base_config_class
+    auto_classes: list[Any] = [value for value in vars(modeling_auto).values() if inspect.isclass(value)]
+    for auto_class in auto_classes:
         mapping = getattr(auto_class, "_model_mapping", None)
-        if not inspect.isclass(auto_class) or mapping is None or base_config_class not in mapping:
+        if mapping is None or base_config_class not in mapping:
             continue
-        model_class = mapping[base_config_class]
+        model_class: Any = mapping[base_config_class]
         # Some architectures borrow the model class, and with it the configuration class, of another one.
-        if isinstance(model_class, type) and model_class.config_class is base_config_class:
+        if inspect.isclass(model_class) and getattr(model_class, "config_class", None) is base_config_class:
             auto_class.register(config_class, moh_model_class(model_class), exist_ok=True)
 
 
@@ -330,7 +335,7 @@ def attach_routers(model: PreTrainedModel) -> None:
 
 
 def attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
-    """The attention implementation of a model; by its parts, as `set_attn_implementation` takes it, where they differ."""
+    """The attention implementation of a model; where its parts differ, by part, as `set_attn_implementation` has it."""
     whole = config._attn_implementation or "sdpa"
     parts = {key: getattr(config, key, None) for key in config.sub_configs}
     names = {key: part._attn_implementation or whole for key, part in parts.items() if part is not None}
@@ -355,11 +360,11 @@ def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -
     top_k = heads.active_heads - heads.shared_heads
     router = make_router(moh["router"], site.hidden_size, heads.num_heads, heads.shared_heads, top_k, num_groups)
     weight = site.output_projection.weight
-    module.moh_router = router.to(device=weight.device, dtype=weight.dtype)  # type: ignore[union-attr,arg-type]
+    module.moh_router = router.to(device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
     router.train(module.training)
     if moh["router"] == "linear":
         head_dim = site.output_weight_HDC().shape[1]
-        skipped_HD = torch.zeros(heads.num_heads, head_dim, device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type,call-overload]
+        skipped_HD = torch.zeros(heads.num_heads, head_dim, device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
         module.moh_skipped = nn.Parameter(skipped_HD)
 
 

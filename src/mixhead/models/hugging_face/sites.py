@@ -65,12 +65,12 @@ def dispatches(module: nn.Module) -> bool:
 
     transformers keeps no list of such modules; its convention, which its own checks enforce, is this call.
     """
-    return "attention_interface(" in forward_source(type(module))
+    return "attention_interface(" in forward_source(type(module))  # type: ignore[arg-type]
 
 
 def passes_position_bias(module: nn.Module) -> bool:
     """Whether the module hands a bias of its own to the attention interface, as T5 does."""
-    return "position_bias=" in forward_source(type(module))
+    return "position_bias=" in forward_source(type(module))  # type: ignore[arg-type]
 
 
 @functools.cache

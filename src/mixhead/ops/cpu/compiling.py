@@ -1,8 +1,8 @@
 """Compiles the kernel on first use and keeps it in the user's cache.
 
-A build is known by the version of PyTorch, the instruction set, the compiler's flags and the sources: a cache that several
-machines share holds one build for each kind. One process compiles while the others wait; a build appears in the cache
-whole or not at all, and one whose checksum does not fit is made anew.
+A build is known by the version of PyTorch, the instruction set, the compiler's flags and the sources: a cache that
+several machines share holds one build for each kind. One process compiles while the others wait; a build appears in the
+cache whole or not at all, and one whose checksum does not fit is made anew.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class BuildError(Exception):
     """The kernel cannot be had; the message is a sentence."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def available() -> tuple[bool, str]:
     """Whether the kernel can run, and why (not). The first call in a process loads it, and compiles it if need be."""
     outcome = _outcome or load()
@@ -88,7 +88,7 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(". \n") + "."
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 @functools.cache
 def best_level() -> str:
     """The best instruction set of this CPU that PyTorch may use; MIXHEAD_CPU_LEVEL names another one."""
