@@ -173,9 +173,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cases = {"quick": QUICK, "long": LONG, "small": SMALL, "decode": DECODE}[args.set]
-    print(
-        f"{args.impl} / {args.dtype} / {args.routing} routing / {args.layout} / {args.threads} threads, {args.clock} time"
-    )
+    print(f"{args.impl}, {args.dtype}, {args.routing} routing, {args.layout}, {args.threads} thr., {args.clock} time")
     print(f"torch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}\n")
     print(f"| case | {' | '.join(f'{share:.0%} of heads' for share in args.shares)} |")
     print(f"|---|{'---|' * len(args.shares)}")

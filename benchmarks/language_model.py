@@ -2,10 +2,10 @@
 
     python benchmarks/language_model.py --run RUNS --tokens 163840
 
-Arms: the original; the published recipe (first heads shared, query norm) at 7 of 9 heads; ours at 7 and at 6 of 9. Each is
-evaluated before and after tuning on the test part of the addresses, and before tuning on a text of another kind if
-`--other` names one. The run can be stopped at any time: called again, it goes on where it was. `--only` runs single arms;
-the table is written from all that are complete.
+Arms: the original; the published recipe (first heads shared, query norm) at 7 of 9 heads; ours at 7 and at 6 of 9. Each
+is evaluated before and after tuning on the test part of the addresses, and before tuning on a text of another kind if
+`--other` names one. The run can be stopped at any time: called again, it goes on where it was. `--only` runs single
+arms; the table is written from all that are complete.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def run_arm(name: str, arm: Arm, dense: Path, tokenizer: Any, arguments: argpars
         evaluations[f"after-{arguments.tokens}"] = tuned(name, arm, start, place, tokenizer, arguments.tokens, done)
         keep(results, done)
     for when, source in evaluations.items():
-        evaluate(AutoModelForCausalLM.from_pretrained(source), tokenizer, when, done, arguments, lambda: keep(results, done))
+        evaluate(
+            AutoModelForCausalLM.from_pretrained(source), tokenizer, when, done, arguments, lambda: keep(results, done)
+        )
 
 
 def convert(model: Any, arm: Arm, tokenizer: Any) -> tuple[Any, float]:
@@ -121,7 +123,9 @@ def tuned(name: str, arm: Arm, start: Path, place: Path, tokenizer: Any, tokens:
     run = place / f"tuned-{tokens}"
     if f"tuned-{tokens}" not in done:
         windows_WT = token_windows(tokenizer, text_source("addresses", "train"), WINDOW)
-        config = TuneConfig(tokens=tokens, balance_coefficient=arm.balance_coefficient, save_every=20, keep_checkpoints=1)
+        config = TuneConfig(
+            tokens=tokens, balance_coefficient=arm.balance_coefficient, save_every=20, keep_checkpoints=1
+        )
         model = AutoModelForCausalLM.from_pretrained(start)
         print(f"Tuning {name} on {tokens:,} tokens.", flush=True)
         result = tune(model, windows_WT, config, run, resume=run.exists(), tokenizer=tokenizer)
@@ -165,15 +169,13 @@ def make_table(arguments: argparse.Namespace) -> Table:
     rows = []
     for when in ("before", f"after-{arguments.tokens}"):
         for name, arm in ARMS.items():
-            file = arguments.run / name / "results.json"
-            done = json.loads(file.read_text()) if file.exists() else {}
+            done = results_of(name, arguments)
             if "test" in done.get(when, {}):
                 rows.append(make_row(arm, name, done, when, arguments.tokens if when != "before" else 0))
     other = [
-        f"On {arguments.other.name if arguments.other else 'another text'} before tuning: {name} "
-        f"{Perplexity(**json.loads((arguments.run / name / 'results.json').read_text())['before']['other']).perplexity:.2f}."
+        f"On another text before tuning: {name} {Perplexity(**before['other']).perplexity:.2f}."
         for name in ARMS
-        if "other" in json.loads((arguments.run / name / "results.json").read_text()).get("before", {})
+        if "other" in (before := results_of(name, arguments).get("before", {}))
     ]
     notes = (
         f"SmolLM2-135M-Instruct; {TEST_WINDOWS} windows of {WINDOW} tokens of held-out addresses; tuning: batch 4 x "
@@ -184,6 +186,12 @@ def make_table(arguments: argparse.Namespace) -> Table:
         f"{torch.get_num_threads()} threads, {processor()}.",
     )
     return Table("SmolLM2-135M as mixture-of-head", tuple(rows), notes)
+
+
+def results_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What has been measured of an arm."""
+    file = arguments.run / name / "results.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def make_row(arm: Arm, name: str, done: dict[str, Any], when: str, tokens: int) -> Row:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from zoo import ZOO, answer, same_bits, tokens
+from zoo import EVERY, ZOO, answer, same_bits, tokens
 
 import mixhead
 from mixhead import MoHConfig
@@ -48,8 +48,7 @@ def saved(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("router", ["linear", "query_norm", "two_stage"])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("name", "router"), EVERY)
 def test_a_saved_model_comes_back_bit_by_bit(name, router, tmp_path):
     model = mixhead.convert(ZOO[name].make(), MoHConfig(active=0.5, shared=0.25, router=router))
     model.save_pretrained(tmp_path)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import PADDING, TOKENS, WRITERS, ZOO, sound, tokens
+from zoo import EVERY, PADDING, TOKENS, WRITERS, ZOO, sound, tokens
 
 import mixhead
 from mixhead import MoHConfig
@@ -30,8 +30,7 @@ def padded(lengths, side):
     return ids.masked_fill(~mask, PADDING), mask.long()
 
 
-@pytest.mark.parametrize("router", ["linear", "query_norm", "two_stage"])
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(("name", "router"), [(name, router) for name, router in EVERY if name in WRITERS])
 def test_generation_with_a_cache_equals_generation_without(name, router):
     model = converted(name, router=router)
     ids, logits = write(model, input_ids=tokens(), use_cache=True)

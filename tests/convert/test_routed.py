@@ -50,8 +50,7 @@ def dense_times_gates(name: str, log: mixhead.RoutingLog, skipped: dict[str, Ten
     return answer(ZOO[name], model)
 
 
-@pytest.mark.parametrize("active", [0.75, 0.5])
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(("router", "active"), [("linear", 0.75), ("query_norm", 0.75), ("two_stage", 0.5)])
 @pytest.mark.parametrize("name", ZOO)
 def test_the_output_is_that_of_all_heads_times_their_gates(name, router, active):
     model = converted(name, active=active, shared=0.25, router=router)
@@ -140,7 +139,7 @@ def test_torch_compile_takes_the_whole_model_as_one_graph(name):
     torch.testing.assert_close(answer(ZOO[name], compiled), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ["linear", "two_stage"])
 def test_torch_compile_trains(router):
     torch._dynamo.reset()
     animal = ZOO["llama"]
@@ -159,7 +158,7 @@ def test_torch_compile_trains(router):
 @pytest.mark.slow
 def test_torch_compile_with_the_inductor():
     torch._dynamo.reset()
-    model = converted("llama", active=0.5, shared=0.25)
+    model = converted("llama", layers=1, active=0.5, shared=0.25)
     expected = answer(ZOO["llama"], model)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(answer(ZOO["llama"], compiled), expected, rtol=1e-4, atol=1e-4)

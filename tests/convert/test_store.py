@@ -41,7 +41,7 @@ def folder(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "clip", "whisper"])
 def test_what_is_saved_is_loaded_whatever_its_architecture(name, tmp_path):
     for model in (ZOO[name].make(), converted(name)):
         path = tmp_path / type(model).__name__

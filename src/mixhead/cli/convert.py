@@ -35,7 +35,8 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
 ) -> None:
     """Converts a causal language model and, with the linear router, calibrates it (no gradients, under a minute for
-    SmolLM2-135M on two cores)."""
+    SmolLM2-135M on two cores).
+    """
     folder = model_folder(source)
     if official is not None:
         if official != "moh-llama":

@@ -38,10 +38,12 @@ def demo(
     )
     original = model_folder(SMOLLM2)
     begin = time.perf_counter()
-    result = Demo(original, out, config, progress_bar).run()
+    result = Demo(original, out, config, progress_bar, console.print).run()
     report = write_comparison(out, result.table, result.samples, result.load, time.perf_counter() - begin)
     console.print(result.table.to_rich())
     for name, text in result.samples.items():
         console.print(Markdown(f"**{name}**"))
         console.print(text, markup=False)
-    console.print(f"\nThe report is {report}, the converted model {result.model_folder} ({result.seconds / 60:.1f} minutes).")
+    console.print(
+        f"\nThe report is {report}, the converted model {result.model_folder} ({result.seconds / 60:.1f} minutes)."
+    )

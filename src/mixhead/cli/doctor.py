@@ -27,9 +27,11 @@ def doctor() -> None:
     """Shows versions, optional packages, the processor, and which attention engine `auto` takes for typical shapes."""
     console.print(packages_table())
     threads = torch.get_num_threads()
-    console.print(f"Processor: {platform.processor() or platform.machine()}, {threads} threads, "
-                  f"vector unit {torch.backends.cpu.get_cpu_capability()}; "
-                  f"CUDA {'available' if torch.cuda.is_available() else 'not available'}.")
+    console.print(
+        f"Processor: {platform.processor() or platform.machine()}, {threads} threads, "
+        f"vector unit {torch.backends.cpu.get_cpu_capability()}; "
+        f"CUDA {'available' if torch.cuda.is_available() else 'not available'}."
+    )
     console.print(f"Cache: {cache_folder()}")
     console.print(engines_table())
 

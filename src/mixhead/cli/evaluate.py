@@ -26,7 +26,9 @@ def evaluate(
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure the perplexity on.")] = 16_384,
     tasks: Annotated[int, typer.Option(min=0, help="Questions of each lm-eval task; 0 leaves them out.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast (faster where the CPU has it).")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, or bfloat16 for autocast (faster where the CPU has it).")
+    ] = "float32",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
 ) -> None:
     """Measures models on the same held-out text and prints perplexities beside the first model's."""

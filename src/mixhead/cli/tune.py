@@ -64,6 +64,6 @@ def tune(
     original = None if teacher is None else store.load_causal_lm(model_folder(teacher))[0]
     result = tune_model(network, windows_WT, config, run, original, resume=resume, tokenizer=tokenizer)
     console.print(
-        f"Tuned on {result.tokens:,} tokens in {result.seconds:,.0f} s; the loss of the last steps is {result.loss:.3f} nats. "
+        f"Tuned on {result.tokens:,} tokens in {result.seconds:,.0f} s; last loss {result.loss:.3f} nats. "
         f"The model is in {result.folder}, the log in {result.log}."
     )

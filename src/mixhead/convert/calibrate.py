@@ -4,16 +4,16 @@
 2. All batches give, for every layer, a ridge regression of each head's log contribution norm on the hidden states: the
    router's scores. Heads with the largest mean contribution become the shared ones.
 3. A few batches give what each layer loses at every number of heads, and one batch how much the model's output changes
-   when that layer alone is routed. From both, heads are shared out among the layers: where one is missed least, it goes.
+   when that layer alone is routed. From both, heads are shared out among the layers: one goes where it is missed least.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ class CalibrationReport:
 
 def calibrate(
     model: PreTrainedModel,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     config: CalibrationConfig | None = None,
     on_progress: OnProgress | None = None,
 ) -> CalibrationReport:
@@ -133,8 +133,8 @@ def calibrate(
 
     Args:
         model: converted by `mixhead.convert` with the "linear" router; changed in place.
-        batches: what the model is to be fitted to, gone through more than once: token ids [B, N], or the model's
-            keyword arguments. Padding (by `attention_mask`) does not count.
+        batches: what the model is to be fitted to: token ids [B, N], or the model's keyword arguments. Padding (by
+            `attention_mask`) does not count. They are kept in a list, since they are gone through more than once.
         config: how; the defaults suit a language model.
         on_progress: called with (steps done, all steps).
 
@@ -143,20 +143,27 @@ def calibrate(
     """
     config = CalibrationConfig() if config is None else config
     if not isinstance(model, MoHModelMixin) or model.config.moh["router"] != "linear":
-        raise MixheadError("mixhead.calibrate fits the linear router: convert the model with MoHConfig(router='linear').")
-    if iter(batches) is batches or len(batches) == 0:
-        raise MixheadError("batches must be a list of batches with at least one in it: they are gone through repeatedly.")
-    return Calibration(model, batches, config, on_progress).run()
+        raise MixheadError(
+            "mixhead.calibrate fits the linear router: convert the model with MoHConfig(router='linear')."
+        )
+    kept = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in batches]
+    if not kept:
+        raise MixheadError("batches is empty: calibration needs at least one batch of real inputs.")
+    return Calibration(model, kept, config, on_progress).run()
 
 
 class Calibration:
     """The steps of one calibration, and the values that they hand on."""
 
     def __init__(
-        self, model: PreTrainedModel, batches: Sequence[Batch], config: CalibrationConfig, on_progress: OnProgress | None
+        self,
+        model: PreTrainedModel,
+        batches: list[dict[str, Any]],
+        config: CalibrationConfig,
+        on_progress: OnProgress | None,
     ) -> None:
         self.model, self.config = model, config
-        self.batches = [{"input_ids": b} if isinstance(b, Tensor) else dict(b) for b in batches]
+        self.batches = batches
         self.sites = find_sites(model)
         self.heads = [LayerHeads(**layer) for layer in model.config.moh["layers"]]
         self.groups = [s.num_key_value_heads if model.config.moh["group_balanced"] else 1 for s in self.sites]
@@ -254,7 +261,8 @@ class Calibration:
         routed = [site.name for site, heads in zip(self.sites, self.probe_heads(), strict=True) if not heads.is_dense]
         dense = comparable_output(self.run_model(self.probe_batch, OnlyTrace(None)))
         return {
-            name: divergence(dense, comparable_output(self.run_model(self.probe_batch, OnlyTrace(name)))) for name in routed
+            name: divergence(dense, comparable_output(self.run_model(self.probe_batch, OnlyTrace(name))))
+            for name in routed
         }
 
     def probe_heads(self) -> list[LayerHeads]:
@@ -291,12 +299,12 @@ class Calibration:
             router: Any = site.module.moh_router
             if router is None:
                 continue
-            fit = fits[site.name]
+            fit, module = fits[site.name], cast(Any, site.module)
             with torch.no_grad():
                 router.score_proj.weight.copy_(fit.weight_HC)
                 router.score_proj.bias.copy_(fit.bias_H)
                 router.shared_H.copy_(shared[site.name])
-                site.module.moh_skipped.copy_(fit.mean_HD)  # type: ignore[union-attr,operator]
+                module.moh_skipped.copy_(fit.mean_HD)
 
     def forward(self, batches: Sequence[Mapping[str, Any]], trace: RoutingTrace) -> None:
         """Runs the model on batches for a trace's sake."""

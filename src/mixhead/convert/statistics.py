@@ -125,7 +125,11 @@ class LossTrace(StatisticsTrace):
     """
 
     def __init__(
-        self, sites: Sequence[AttentionSite], counts: dict[str, list[int]], select: dict[str, Callable[[Tensor, int], Tensor]], means: dict[str, Tensor]
+        self,
+        sites: Sequence[AttentionSite],
+        counts: dict[str, list[int]],
+        select: dict[str, Callable[[Tensor, int], Tensor]],
+        means: dict[str, Tensor],
     ) -> None:
         super().__init__()
         self.weights_HDC = {site.name: site.output_weight_HDC().detach().float() for site in sites}

@@ -1,4 +1,4 @@
-"""The demonstration: a real model converted, tuned briefly, compared and asked to write, in a few minutes on two cores."""
+"""The demonstration: a real model converted, tuned briefly, compared and asked to write, in minutes on two cores."""
 
 from __future__ import annotations
 
@@ -77,12 +77,14 @@ class Demo:
         out: folder to write to.
         config: how much is done.
         bar: makes a progress bar from a title.
+        say: receives what is being done, in words.
     """
 
     original: Path
     out: Path
     config: DemoConfig
     bar: Bar
+    say: Callable[[str], None]
 
     def run(self) -> DemoResult:
         """Everything, in the order of the table."""
@@ -96,7 +98,9 @@ class Demo:
         samples = {"original": self.write(dense, tokenizer, "Original writes")}
         seconds = self.tune(dense, train_WT, "original")
         rows.append(self.row("original, tuned", dense, tokenizer, test_WT, self.tokens, seconds, original=True))
-        published = convert(self.load(), MoHConfig(active_heads=self.config.active_heads, shared_heads=4, router="query_norm"))
+        published = convert(
+            self.load(), MoHConfig(active_heads=self.config.active_heads, shared_heads=4, router="query_norm")
+        )
         seconds = self.tune(published, train_WT, "published recipe")
         rows.append(self.row("published recipe, tuned", published, tokenizer, test_WT, self.tokens, seconds))
         ours, seconds = self.convert(tokenizer)
@@ -106,8 +110,8 @@ class Demo:
         folder = self.out / "model"
         store.save(ours, tokenizer, folder, overwrite=True)
         notes = (
-            f"SmolLM2-135M-Instruct on State of the Union addresses; {self.config.test_windows} held-out windows of {WINDOW} "
-            f"tokens, {self.config.questions} questions of each task; one seed.",
+            f"SmolLM2-135M-Instruct on State of the Union addresses; {self.config.test_windows} held-out windows of "
+            f"{WINDOW} tokens, {self.config.questions} questions of each task; one seed.",
             "published recipe: the first 4 heads shared, the others chosen by the norm of their query.",
         )
         table = Table("SmolLM2-135M as mixture-of-head", tuple(rows), notes)
@@ -129,7 +133,9 @@ class Demo:
     def convert(self, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, float]:
         """Our converted and calibrated model, and the seconds that took."""
         start = time.perf_counter()
-        model = convert(self.load(), MoHConfig(active_heads=self.config.active_heads, shared_heads=0, balance_coefficient=0.0))
+        model = convert(
+            self.load(), MoHConfig(active_heads=self.config.active_heads, shared_heads=0, balance_coefficient=0.0)
+        )
         batches = self.windows(tokenizer, "calibration", self.config.calibration_tokens // WINDOW).split(4)
         with self.bar("Calibrating") as on_progress:
             calibrate(model, batches, CalibrationConfig(autocast=torch.bfloat16), on_progress)
@@ -137,7 +143,7 @@ class Demo:
 
     def tune(self, model: PreTrainedModel, windows_WT: Tensor, name: str) -> float:
         """Tunes in place, anew at every run of the demonstration; returns the seconds."""
-        print(f"Tuning: {name}", flush=True)
+        self.say(f"Tuning: {name}")
         run = self.out / "runs" / name.replace(" ", "-")
         config = TuneConfig(tokens=self.tokens, save_every=1_000_000)
         return tune(model, windows_WT, config, fresh(run)).seconds
@@ -170,7 +176,7 @@ class Demo:
         inputs = tokenizer(PROMPT, return_tensors="pt")
         with self.bar(title) as on_progress, torch.inference_mode():
             counter = Counter(on_progress, self.config.new_tokens)
-            ids = model.generate(  # type: ignore[operator]
+            ids = model.generate(
                 **inputs,
                 max_new_tokens=self.config.new_tokens,
                 do_sample=False,

@@ -180,8 +180,8 @@ def forward_with_balance_loss(base_forward: Callable[..., Any]) -> Callable[...,
     def forward(self: Any, *args: Any, routing_trace: RoutingTrace | None = None, **kwargs: Any) -> Any:
         if kwargs.get("output_attentions"):
             raise MixheadError(
-                f"{type(self).__name__} has no attention weights to return: a token computes none for the heads that it "
-                "skips. Call it without output_attentions, or call mixhead.revert on it first."
+                f"{type(self).__name__} has no attention weights to return: a token computes none for the heads that "
+                "it skips. Call it without output_attentions, or call mixhead.revert on it first."
             )
         if self.config.is_encoder_decoder and takes_keywords:
             kwargs = {**kwargs, "decoder_token_mask_BN": real_decoder_tokens_BN(kwargs)}
@@ -308,7 +308,7 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
             continue
         model_class: Any = mapping[base_config_class]
         # Some architectures borrow the model class, and with it the configuration class, of another one.
-        if inspect.isclass(model_class) and getattr(model_class, "config_class", None) is base_config_class:
+        if getattr(model_class, "config_class", None) is base_config_class:
             auto_class.register(config_class, moh_model_class(model_class), exist_ok=True)
 
 
@@ -345,8 +345,8 @@ def attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
 def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -> None:
     """One attention module becomes one that routes; with all heads active it stays as it is.
 
-    A "linear" router comes with `moh_skipped` [H, D]: what stands in for a head's output at tokens that skip it. It is a
-    constant (zero until calibration measures the mean), so a skipped head still costs nothing.
+    A "linear" router comes with `moh_skipped` [H, D]: what stands in for a head's output at tokens that skip it. It is
+    a constant (zero until calibration measures the mean), so a skipped head still costs nothing.
     """
     module = site.module
     module.moh_name = site.name  # type: ignore[assignment]
