@@ -169,7 +169,6 @@ def main() -> None:
     _require_lm_eval()
     from lm_eval.__main__ import cli_evaluate
 
-    import mixhead  # noqa: F401
 
     cli_evaluate()
 
