@@ -165,10 +165,9 @@ def evaluate_tasks(
 
 
 def main() -> None:
-    """lm-eval's own command line, after `import mixhead` has made converted checkpoints loadable."""
+    """lm-eval's own command line; that this module was imported has made converted checkpoints loadable."""
     _require_lm_eval()
     from lm_eval.__main__ import cli_evaluate
-
 
     cli_evaluate()
 
