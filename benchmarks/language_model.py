@@ -43,6 +43,8 @@ class Arm:
     title: str
     config: mixhead.MoHConfig | None
     balance_coefficient: float | None = None
+    budget: str = "sensitivity"
+    tuned: bool = True
 
 
 def published(active_heads: int) -> mixhead.MoHConfig:
@@ -50,11 +52,22 @@ def published(active_heads: int) -> mixhead.MoHConfig:
     return mixhead.MoHConfig(active_heads=active_heads, shared_heads=4, router="query_norm")
 
 
+def ours(active_heads: int, shared_heads: int, group_balanced: bool = False) -> mixhead.MoHConfig:
+    """A linear router, to be calibrated."""
+    return mixhead.MoHConfig(active_heads=active_heads, shared_heads=shared_heads, group_balanced=group_balanced)
+
+
 ARMS = {
     "original": Arm("original", None),
     "published-7": Arm("published recipe (first 4 shared, query norm)", published(7), 0.01),
-    "mixhead-7": Arm("mixhead, calibrated", mixhead.MoHConfig(active_heads=7, shared_heads=0), 0.0),
-    "mixhead-6": Arm("mixhead, calibrated", mixhead.MoHConfig(active_heads=6, shared_heads=0), 0.0),
+    "mixhead-7": Arm("mixhead, calibrated", ours(7, 0), 0.0),
+    "mixhead-6": Arm("mixhead, calibrated", ours(6, 0), 0.0),
+    # What the parts of calibration are worth; these are not tuned.
+    "uniform-7": Arm("as many heads in every layer", ours(7, 0), budget="uniform", tuned=False),
+    "shared-2-7": Arm("2 of 7 heads shared", ours(7, 2), tuned=False),
+    "shared-4-7": Arm("4 of 7 heads shared", ours(7, 4), tuned=False),
+    "balanced-6": Arm("2 of 3 heads in every group", ours(6, 0, group_balanced=True), tuned=False),
+    "mixhead-5": Arm("mixhead, calibrated", ours(5, 0), tuned=False),
 }
 
 
@@ -97,7 +110,7 @@ def run_arm(name: str, arm: Arm, dense: Path, tokenizer: Any, arguments: argpars
         done["conversion_seconds"] = seconds
         keep(results, done)
     evaluations = {"before": start}
-    if arguments.tokens:
+    if arguments.tokens and arm.tuned:
         evaluations[f"after-{arguments.tokens}"] = tuned(name, arm, start, place, tokenizer, arguments.tokens, done)
         keep(results, done)
     for when, source in evaluations.items():
@@ -113,7 +126,8 @@ def convert(model: Any, arm: Arm, tokenizer: Any) -> tuple[Any, float]:
         mixhead.convert(model, arm.config)
         if arm.config.router == "linear":
             windows_WT = token_windows(tokenizer, text_source("addresses", "calibration"), WINDOW, 32)
-            report = mixhead.calibrate(model, windows_WT.split(4), mixhead.CalibrationConfig(autocast=BF16))
+            config = mixhead.CalibrationConfig(autocast=BF16, budget=arm.budget)
+            report = mixhead.calibrate(model, windows_WT.split(4), config)
             print([layer.active_heads for layer in report.layers])
     return model, time.perf_counter() - begin
 
