@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mixhead.errors import MixheadError
 from mixhead.ops import cpu, explain, head_attention, reference
 from mixhead.ops.cpu import compiling as builder
 from mixhead.routing import Routing
@@ -264,11 +266,12 @@ def test_operator_checks():
 
 
 @needs_kernel
-def test_torch_compile_without_graph_breaks():
-    q, k, v, gates, selected = make(70)
+@pytest.mark.parametrize(("impl", "queries"), [("cpu", 70), ("auto", 70), ("auto", 520)])
+def test_torch_compile_without_graph_breaks(impl, queries):
+    q, k, v, gates, selected = make(queries)
 
     def layer(q, k, v, gates):
-        return head_attention(q, k, v, Routing(gates * selected, selected), causal=True, impl="cpu").sum()
+        return head_attention(q, k, v, Routing(gates * selected, selected), causal=True, impl=impl).square().mean()
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     leaves = [t.requires_grad_() for t in (q, k, v, gates)]
@@ -305,7 +308,7 @@ def test_auto_takes_it_where_it_pays():
         pytest.skip("on this CPU the kernel is not taken by itself")
     q, k, _, gates, selected = make(1024, batch=1)
     assert explain(q, k, Routing(gates * selected, selected), causal=True).impl == "cpu"
-    small = make(16)
+    small = make(1, 100)  # decoding
     assert explain(small[0], small[1], Routing(small[3] * small[4], small[4])).impl != "cpu"
 
 
@@ -398,6 +401,32 @@ def test_a_compiler_that_fails(fresh, monkeypatch, caplog):
 def test_a_cache_that_cannot_be_written(fresh, caplog):
     fresh.write_text("a file where the folder should be")
     assert "cannot be kept" in failing(caplog)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no compiler")
+def test_it_builds_where_there_is_a_compiler():
+    """Without this, a kernel that does not compile would only be skipped."""
+    assert BUILT, WHY_NOT
+
+
+@needs_kernel
+@pytest.mark.slow
+@pytest.mark.parametrize("level", list(builder.LEVELS))
+def test_every_instruction_set(level):
+    """The builds for lesser CPUs, which this one can run as well."""
+    levels = list(builder.LEVELS)
+    if levels.index(level) <= levels.index(cpu.best_level()):
+        pytest.skip("the other tests run the best one of this CPU; a better one it cannot run")
+    tests = "odd_sizes or head_dimensions or masks or bf16 or bad_numbers or far_scores or builds_where"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests]
+    run = subprocess.run(command, env={**os.environ, "MIXHEAD_CPU_LEVEL": level}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_an_unknown_instruction_set_is_the_users_mistake(monkeypatch):
+    monkeypatch.setenv("MIXHEAD_CPU_LEVEL", "avx1024")
+    with pytest.raises(MixheadError, match="avx1024"):
+        builder.detect_level.__wrapped__()
 
 
 def test_nothing_is_compiled_at_import(tmp_path):

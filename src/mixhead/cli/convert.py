@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
-from mixhead.convert import MoHConfig, calibrate, store
+from mixhead.cli.common import DTYPE_HELP, MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
+from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, store
 from mixhead.convert import convert as convert_model
 from mixhead.errors import MixheadError
 from mixhead.interop import load_moh_llama
+from mixhead.tasks.precision import autocast_dtype
 
 CALIBRATION_WINDOW = 512
 
@@ -29,6 +30,7 @@ def convert(
     ] = False,
     text: Annotated[str, typer.Option(help="Text to calibrate on. " + TEXT_HELP)] = "addresses:calibration",
     tokens: Annotated[int, typer.Option(min=CALIBRATION_WINDOW, help="Tokens to calibrate on.")] = 16_384,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     official: Annotated[
         str | None, typer.Option(help="`moh-llama`: SOURCE is the published MoH-LLaMA3 folder; the rest is ignored.")
     ] = None,
@@ -53,12 +55,13 @@ def convert(
         router=router,
         group_balanced=group_balanced,
     )
+    calibration = CalibrationConfig(autocast=autocast_dtype(dtype))
     model, tokenizer = store.load_causal_lm(folder)
     convert_model(model, config)
     if router == "linear":
         windows_WT = windows_of(tokenizer, text, "calibration", CALIBRATION_WINDOW, tokens)
         with progress_bar("Calibrating") as on_progress:
-            report = calibrate(model, windows_WT.split(4), on_progress=on_progress)
+            report = calibrate(model, windows_WT.split(4), calibration, on_progress)
         console.print(report.to_rich())
     store.save(model, tokenizer, out, overwrite=overwrite)
     layers = model.config.moh["layers"]

@@ -11,12 +11,12 @@ import torch
 import typer
 from torch import Tensor
 
-from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
+from mixhead.cli.common import DTYPE_HELP, MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
 from mixhead.convert import store
-from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.tasks.evaluate import Row, Table, perplexity
 from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
+from mixhead.tasks.precision import autocast_dtype
 from mixhead.tasks.text import text_source
 
 
@@ -26,15 +26,11 @@ def evaluate(
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure the perplexity on.")] = 16_384,
     tasks: Annotated[int, typer.Option(min=0, help="Questions of each lm-eval task; 0 leaves them out.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="float32, or bfloat16 for autocast (faster where the CPU has it).")
-    ] = "float32",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
 ) -> None:
     """Measures models on the same held-out text and prints perplexities beside the first model's."""
-    if dtype not in ("float32", "bfloat16"):
-        raise MixheadError(f"--dtype {dtype} is unknown: choose float32 or bfloat16.")
-    autocast = torch.bfloat16 if dtype == "bfloat16" else None
+    autocast = autocast_dtype(dtype)
     rows: list[Row] = []
     windows_WT: Tensor | None = None
     for name in models:
@@ -53,7 +49,7 @@ def evaluate(
         active, heads = heads_of(network)
         seconds = time.perf_counter() - start
         rows.append(Row(name, active, heads, 0, measured, cloze, choice, seconds, original=not rows))
-    note = f"{text}, {rows[0].perplexity.tokens:,} predicted tokens in windows of {window}, {dtype}"
+    note = f"{text}, {rows[0].perplexity.tokens:,} predicted tokens in windows of {window}, {autocast or 'own dtype'}"
     table = Table("Perplexity on held-out text", tuple(rows), (note,))
     console.print(table.to_rich())
     if json_file is not None:

@@ -31,7 +31,10 @@ def from_official(kind: str, config: Mapping[str, Any], state_dict: StateDict) -
     """
     if kind not in KINDS:
         raise MixheadError(f"kind={kind!r} is unknown: choose one of {', '.join(sorted(KINDS))}.")
-    return KINDS[kind](config, state_dict)
+    try:
+        return KINDS[kind](config, state_dict)
+    except KeyError as missing:
+        raise MixheadError(f"The configuration of {kind} lacks {missing}: give every size that it names.") from missing
 
 
 def moh_dit_attention(config: Mapping[str, Any], state_dict: StateDict) -> MixtureOfHeadAttention:

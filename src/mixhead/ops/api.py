@@ -118,8 +118,9 @@ def explain(
         return Choice("reference", "there is nothing to compute: there are no queries or no keys")
     if q_BHND.device.type != "cpu":
         return Choice("dense", f"counting selected heads would make the {q_BHND.device.type} device wait for the host")
-    if kernel := choose_kernel(q_BHND, k_BKTD, routing, attn_mask):
-        return kernel
+    # Asked in this order, so that a kernel is only built where it pays.
+    if cpu.pays(q_BHND, k_BKTD) and cpu.refusal(q_BHND, attn_mask) is None:
+        return Choice("cpu", "at this size the C++ kernel is faster than the stock one, whatever the routing")
     if torch.compiler.is_compiling():
         return Choice("dense", "torch.compile needs static shapes, and the stock kernel has them")
     if causal or attn_mask is not None:
@@ -132,22 +133,6 @@ def explain(
     if largest_share > GATHER_MAX_SHARE:
         return Choice("dense", f"one head is selected by {largest_share:.0%} of the tokens, so gathering does not pay")
     return Choice("gathered", f"the busiest head is selected by {largest_share:.0%} of the tokens: the rest is skipped")
-
-
-def choose_kernel(q_BHND: Tensor, k_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None) -> Choice | None:
-    """The C++ kernel where it pays and can run. Its build starts only after it is known to pay."""
-    most = cpu.crossover(q_BHND, k_BKTD)
-    if most == 0.0:
-        return None
-    reason = "the C++ kernel is faster than the stock one at this size, whatever the routing"
-    if most < 1.0:
-        if torch.compiler.is_compiling():
-            return None  # a choice by the routing would be made once, for the routing of the first call
-        share = int(routing.selected_BNH.count_nonzero()) / routing.selected_BNH.numel()
-        if share > most:
-            return None
-        reason = f"with {share:.0%} of the heads selected (at most {most:.0%}) the C++ kernel is faster at this size"
-    return None if cpu.refusal(q_BHND, attn_mask) else Choice("cpu", reason)
 
 
 def check_arguments(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None) -> None:

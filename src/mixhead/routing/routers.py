@@ -102,7 +102,7 @@ class BinaryRouter(nn.Module):
 
     Args:
         num_heads: H.
-        shared_heads: how many heads every token uses; the first ones until `share` is told better.
+        shared_heads: how many heads every token uses; the first ones until calibration sets `shared_H`.
         active_heads: how many heads each token uses, the shared ones included.
         num_groups: 1, or the number of key-value heads: each run of H / num_groups heads then has equally many active.
     """

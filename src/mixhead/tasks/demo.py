@@ -18,6 +18,7 @@ from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, convert, st
 from mixhead.models.hugging_face import record_routing
 from mixhead.tasks.evaluate import Row, Table, perplexity
 from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
+from mixhead.tasks.precision import autocast_dtype
 from mixhead.tasks.text import text_source, token_windows
 from mixhead.tasks.tune import TuneConfig, tune
 
@@ -138,14 +139,14 @@ class Demo:
         )
         batches = self.windows(tokenizer, "calibration", self.config.calibration_tokens // WINDOW).split(4)
         with self.bar("Calibrating") as on_progress:
-            calibrate(model, batches, CalibrationConfig(autocast=torch.bfloat16), on_progress)
+            calibrate(model, batches, CalibrationConfig(autocast=autocast_dtype()), on_progress)
         return model, time.perf_counter() - start
 
     def tune(self, model: PreTrainedModel, windows_WT: Tensor, name: str) -> float:
         """Tunes in place, anew at every run of the demonstration; returns the seconds."""
         self.say(f"Tuning: {name}")
         run = self.out / "runs" / name.replace(" ", "-")
-        config = TuneConfig(tokens=self.tokens, save_every=1_000_000)
+        config = TuneConfig(tokens=self.tokens, save_every=1_000_000, bf16=autocast_dtype() is not None)
         return tune(model, windows_WT, config, fresh(run)).seconds
 
     def row(
@@ -161,10 +162,10 @@ class Demo:
         """Measures one model."""
         start = time.perf_counter()
         with self.bar(f"Perplexity: {name}") as on_progress:
-            measured = perplexity(model, test_WT, autocast=torch.bfloat16, on_progress=on_progress)
+            measured = perplexity(model, test_WT, autocast=autocast_dtype(), on_progress=on_progress)
         with self.bar(f"Questions: {name}"):
             write_tasks(self.out / "tasks", items=self.config.questions)
-            scores = evaluate_tasks(model, tokenizer, self.out / "tasks", autocast=torch.bfloat16)
+            scores = evaluate_tasks(model, tokenizer, self.out / "tasks", autocast=autocast_dtype())
         heads = model.config.num_attention_heads
         layers = getattr(model.config, "moh", {}).get("layers", ())
         active = sum(layer["active_heads"] for layer in layers) / len(layers) if layers else heads

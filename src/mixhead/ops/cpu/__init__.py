@@ -13,18 +13,17 @@ from torch import Tensor
 from mixhead.ops.cpu.compiling import available, best_level, build
 from mixhead.ops.cpu.operators import attend
 
-__all__ = ["attend", "available", "best_level", "build", "crossover", "refusal"]
+__all__ = ["attend", "available", "best_level", "build", "pays", "refusal"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-# Where the kernel is at least as fast as the stock one, measured with `benchmarks/attention.py` (1 thread, 16 heads of
-# 64): the largest share of selected heads, by dtype and least number of queries. Below all of these the stock kernel is
-# taken, and also with fewer keys or narrower heads, which were slower or not measured.
-CROSSOVER = {
-    torch.float32: {512: 1.0, 128: 0.9, 64: 0.5},
-    torch.bfloat16: {1024: 1.0, 192: 0.75},
-}
-MIN_KEYS = 64
+# From how many queries on the kernel is faster than the stock one on all heads and the gating after it, whatever the
+# routing: measured with `benchmarks/attention.py` (1 thread, 16 heads of 64). Fewer queries, as in decoding, fewer keys
+# and narrower heads were slower or not measured.
+MIN_QUERIES = {torch.float32: 16, torch.bfloat16: 192}
+# torch.compile fuses the gating, so there the stock kernel alone has to be beaten, at 100% of the heads too.
+MIN_QUERIES_COMPILED = {torch.float32: 512, torch.bfloat16: 1024}
+MIN_KEYS = 16
 MIN_HEAD_DIM = 32
 # The instruction sets on which that holds. bf16 without its own instructions goes through float32.
 LEVELS = {torch.float32: ("amx", "avx512_bf16", "avx512"), torch.bfloat16: ("amx", "avx512_bf16")}
@@ -42,9 +41,9 @@ def refusal(q_BHND: Tensor, attn_mask: Tensor | None) -> str | None:
     return None if built else reason
 
 
-def crossover(q_BHND: Tensor, k_BKTD: Tensor) -> float:
-    """The largest share of selected heads at which the kernel pays, by shape and dtype; 0 where it never does."""
-    queries, head_dim = q_BHND.shape[2], q_BHND.shape[3]
-    if k_BKTD.shape[2] < MIN_KEYS or head_dim < MIN_HEAD_DIM or best_level() not in LEVELS.get(q_BHND.dtype, ()):
-        return 0.0
-    return next((share for least, share in CROSSOVER[q_BHND.dtype].items() if queries >= least), 0.0)
+def pays(q_BHND: Tensor, k_BKTD: Tensor) -> bool:
+    """Whether the kernel is faster than the stock one, by dtype and shape alone: nothing is built or counted."""
+    if best_level() not in LEVELS.get(q_BHND.dtype, ()):
+        return False
+    least = (MIN_QUERIES_COMPILED if torch.compiler.is_compiling() else MIN_QUERIES)[q_BHND.dtype]
+    return q_BHND.shape[2] >= least and k_BKTD.shape[2] >= MIN_KEYS and q_BHND.shape[3] >= MIN_HEAD_DIM

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from mixhead.errors import MixheadError
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "source"
@@ -89,12 +91,17 @@ def sentence(text: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def best_level() -> str:
     """The best instruction set of this CPU that PyTorch may use; MIXHEAD_CPU_LEVEL names another one."""
+    return detect_level()
+
+
+@functools.cache
+def detect_level() -> str:
+    """What `best_level` returns, found out once per process."""
     if wanted := os.environ.get("MIXHEAD_CPU_LEVEL"):
         if wanted not in LEVELS:
-            raise BuildError(f"MIXHEAD_CPU_LEVEL is {wanted!r}, not one of {', '.join(LEVELS)}.")
+            raise MixheadError(f"MIXHEAD_CPU_LEVEL is {wanted!r}, not one of {', '.join(LEVELS)}.")
         return wanted
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine().lower() not in ("x86_64", "amd64") or capability not in ("AVX512", "AVX2"):

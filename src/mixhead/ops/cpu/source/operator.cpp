@@ -151,8 +151,10 @@ struct Call {
         for (int64_t bk = begin; bk < end; ++bk) {
           attention.pack_rows(attention.k, bk, keys + bk * size);
           if (values) attention.pack_rows(attention.v, bk, values + bk * size);
-          if (keysT) attention.pack_columns(attention.k, bk, keysT + bk * size);
-          if (valuesT) attention.pack_columns(attention.v, bk, valuesT + bk * size);
+          if constexpr (pairs) {
+            if (keysT) attention.pack_columns(attention.k, bk, keysT + bk * size);
+            if (valuesT) attention.pack_columns(attention.v, bk, valuesT + bk * size);
+          }
         }
       });
       attention.packed_k = keys;
