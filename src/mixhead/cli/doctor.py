@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from typing import Annotated
 
 import torch
+import typer
 from rich.table import Table
 
 from mixhead import ops
 from mixhead.cli.common import cache_folder, console
+from mixhead.ops import cpu
 from mixhead.routing import Routing
 
 REQUIRED = ("torch", "transformers", "safetensors", "accelerate")
@@ -23,8 +26,13 @@ OPTIONAL = {
 }
 
 
-def doctor() -> None:
+def doctor(
+    build: Annotated[bool, typer.Option("--build", help="Compile the CPU kernel now instead of on first use.")] = False,
+) -> None:
     """Shows versions, optional packages, the processor, and which attention engine `auto` takes for typical shapes."""
+    if build:
+        _, reason = cpu.build()
+        console.print(f"{reason[:1].upper()}{reason[1:]}.")
     console.print(packages_table())
     threads = torch.get_num_threads()
     console.print(
