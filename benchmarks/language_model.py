@@ -90,7 +90,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder for models, checkpoints and logs (3 GB an arm)")
     parser.add_argument("--tokens", type=int, default=163_840, help="tokens to tune every arm on")
-    parser.add_argument("--tasks", type=int, default=0, help="questions of each lm-eval task; 0 leaves them out")
+    parser.add_argument(
+        "--tasks", type=int, default=0, help="questions of each lm-eval task, for tuned models; 0 leaves them out"
+    )
     parser.add_argument("--other", type=Path, help="a text of another kind, for perplexity before tuning")
     parser.add_argument("--only", nargs="*", choices=list(ARMS), help="run only these arms")
     parser.add_argument("--out", type=Path, help="write the table to OUT.md and OUT.json")
@@ -164,7 +166,7 @@ def evaluate(
         if text not in done[when]:
             done[when][text] = vars(perplexity(model, windows(), autocast=BF16))
             save()
-    if arguments.tasks and "cloze" not in done[when]:
+    if arguments.tasks and when != "before" and "cloze" not in done[when]:
         write_tasks(arguments.run / "tasks", items=arguments.tasks)
         scores = evaluate_tasks(model, tokenizer, arguments.run / "tasks", autocast=BF16)
         done[when] |= {"cloze": vars(scores.cloze), "choice": vars(scores.choice), "task_seconds": scores.seconds}
