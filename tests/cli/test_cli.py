@@ -72,7 +72,7 @@ def test_evaluate_prints_all_models_and_writes_json(dense, converted, text, tmp_
     table = json.loads(file.read_text())
     assert [row["active_heads"] for row in table["rows"]] == [4, 3]
     assert table["rows"][0]["ratio"] == 1.0
-    assert "640" not in capsys.readouterr().err
+    assert "3 of 4 (75.0%)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_tune_saves_a_model_and_resumes(converted, text, tmp_path):
@@ -157,10 +157,13 @@ def test_unusable_texts_are_refused(dense, tmp_path, capsys, content, word):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("how", ["truncated", "absent", "nan"])
-def test_damaged_models_are_refused(dense, text, tmp_path, capsys, how):
+@pytest.mark.parametrize(
+    ("how", "word"),
+    [("truncated", "truncated or corrupt"), ("absent", "holds no weights"), ("nan", "NaN or infinity")],
+)
+def test_damaged_models_are_refused(dense, text, tmp_path, capsys, how, word):
     folder = broken(tmp_path, dense, how)
-    assert_refused(["convert", folder, tmp_path / "out", "--text", text, "--tokens", "1024"], capsys, ".")
+    assert_refused(["convert", folder, tmp_path / "out", "--text", text, "--tokens", "1024"], capsys, word)
     assert not (tmp_path / "out").exists()
 
 
