@@ -149,9 +149,10 @@ def test_bf16_errors_are_those_of_the_stock_kernel(causal):
 
 @needs_kernel
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("queries", [100, 500])  # with few rows float products, with many those of three parts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bad_numbers_stay_where_they_belong(bad, dtype):
-    q, k, v, gates, selected = make(100, dtype=dtype)
+def test_bad_numbers_stay_where_they_belong(bad, dtype, queries):
+    q, k, v, gates, selected = make(queries, dtype=dtype)
     selected[0, 10, 0], selected[0, 11, 0] = True, False
     routing = Routing(gates * selected, selected)
     clean = head_attention(q, k, v, routing, impl="cpu")
@@ -161,7 +162,7 @@ def test_bad_numbers_stay_where_they_belong(bad, dtype):
     assert not out[0, 0, 10].isfinite().any()
     assert (out[0, 0, 11] == 0).all()
     out[0, 0, 10] = clean[0, 0, 10]
-    assert torch.equal(out, clean)
+    torch.testing.assert_close(out, clean, rtol=1e-5, atol=1e-6)
     k[1, 2, 50] = torch.nan  # a key: the rows of its head are lost, no others
     out = head_attention(*(t.nan_to_num(0, 0, 0) if t is q else t for t in (q, k, v)), routing, impl="cpu")
     lost = out.isnan().any(-1)
@@ -179,6 +180,32 @@ def test_far_scores(dtype):
     tolerance = 1e-4 if dtype == torch.float32 else 6e-2
     assert_close_to_reference((q, k, v, gates, selected), tolerance)
     assert_close_to_reference((q, k.flip(2), v, gates, selected), tolerance, causal=True)
+
+
+@needs_kernel
+@pytest.mark.parametrize("scale_of", ["q", "k", "v"])
+@pytest.mark.parametrize("factor", [1e-36, 1e-20, 1e20, 1e35])
+def test_very_small_and_very_large_numbers(scale_of, factor):
+    """Many rows go through sums of bf16 parts, which cannot hold every float: what does not fit has to go another way."""
+    q, k, v, gates, selected = make(300, share=0.8)
+    tensors = {"q": q, "k": k, "v": v}
+    tensors[scale_of] *= factor
+    scale = 0.125 if scale_of == "v" else 0.125 / factor
+    routing = Routing(gates * selected, selected)
+    out, right = (
+        head_attention(q.to(dtype), k.to(dtype), v.to(dtype), routing, impl=impl, scale=scale)
+        for impl, dtype in (("cpu", torch.float32), ("reference", torch.float64))
+    )
+    assert (out - right).norm() <= 1e-6 * right.norm()
+
+
+@needs_kernel
+def test_float32_errors_are_those_of_the_stock_kernel():
+    q, k, v, _, selected = make(333, share=1.1)
+    routing = Routing.from_gates(torch.ones_like(selected, dtype=torch.float32))
+    right = head_attention(q.double(), k.double(), v.double(), routing, impl="reference")
+    ours, stock = (head_attention(q, k, v, routing, impl=impl) for impl in ("cpu", "dense"))
+    assert (ours - right).norm() <= (stock - right).norm()
 
 
 @needs_kernel

@@ -12,87 +12,20 @@
 // `In` is the type of the tensors and `Op` that of the operands of products: float, or bf16 where the CPU multiplies it.
 #pragma once
 
-#include <algorithm>
-#include <vector>
-
 #include "product.h"
+#include "views.h"
 
 namespace mixhead {
 
-constexpr int64_t kRows = 64;     // queries in a block
 constexpr float kRaise = 5.5f;    // P stays below e^5.5
 constexpr int64_t kKeyPairs = 32;   // keys transposed at a time when bf16 values are packed
-constexpr float kLog2e = 1.44269504088896341f;
-
-template <class T>
-struct View {  // of a tensor with unit stride in its last dimension
-  T* data = nullptr;
-  int64_t batch = 0, head = 0, row = 0;
-  T* at(int64_t b, int64_t h, int64_t n) const { return data + b * batch + h * head + n * row; }
-};
-
-enum class MaskType { none, boolean, float32, bfloat16 };
-
-struct Mask {
-  MaskType type = MaskType::none;
-  const void* data = nullptr;
-  int64_t batch = 0, head = 0, row = 0, key = 0;  // 0 where the mask is broadcast
-};
-
-struct Shape {
-  int64_t B, H, K, N, T, D;
-  bool causal;
-  float scale;
-  int64_t groups() const { return H / K; }
-  // How many keys the query at position n sees.
-  int64_t visible(int64_t n) const { return causal ? std::clamp<int64_t>(n + 1 + T - N, 0, T) : T; }
-};
-
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// Memory of one thread, aligned and given out piece by piece.
-class Arena {
- public:
-  explicit Arena(int64_t bytes) : memory_(new (std::align_val_t(64)) char[bytes]) {}
-  ~Arena() { ::operator delete[](memory_, std::align_val_t(64)); }
-  Arena(const Arena&) = delete;
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(memory_ + used_);
-    used_ += round_up(count * int64_t(sizeof(T)), 64);
-    return piece;
-  }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
-
-// The rows of every key-value head: for (b, k), codes n * G + g of its selected queries in the order of n.
-struct RowLists {
-  std::vector<int64_t> start;  // [B K + 1]
-  std::vector<int32_t> code;
-};
-
-struct BlockOfRows {
-  int64_t bk, first, count;
-};
-
-inline std::vector<BlockOfRows> cut_into_blocks(const RowLists& rows) {
-  std::vector<BlockOfRows> blocks;
-  for (size_t bk = 0; bk + 1 < rows.start.size(); ++bk) {
-    for (int64_t at = rows.start[bk]; at < rows.start[bk + 1]; at += kRows) {
-      blocks.push_back({int64_t(bk), at, std::min(kRows, rows.start[bk + 1] - at)});
-    }
-  }
-  return blocks;
-}
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 // How operands are laid out. float operands of float tensors are read in place; all others are packed once per
 // key-value head, with D and T padded by zeros.
 template <class In, class Op>
 struct Layout {
-  static constexpr bool in_place = std::is_same_v<In, float>;
+  static constexpr bool in_place = std::is_same_v<In, float> && std::is_same_v<Op, float>;
   static constexpr bool pairs = std::is_same_v<Op, BFloat>;
   static constexpr int64_t key_step = pairs ? 32 : 1;                   // products want this many keys at a time
   static constexpr int64_t lane_step = pairs ? 2 : 1;                   // and this many vectors of lanes
@@ -136,12 +69,13 @@ inline void pair_rows(const BFloat* rows, int64_t count, int64_t cols, BFloat* p
 
 #if defined(__AVX512BF16__)
 // P of keys t and t + 1 as pairs, B[t / 2][lane][2].
-inline void store_pair(BFloat* to, Vec first, Vec second) {
+inline __m512i pairs_of(Vec first, Vec second) {
   alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
 }
+inline void store_pair(BFloat* to, Vec first, Vec second) { _mm512_storeu_si512(to, pairs_of(first, second)); }
 inline void store_row(BFloat* to, Vec x) {
   _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
@@ -151,16 +85,13 @@ inline void store_row(BFloat*, Vec) {}
 #endif
 
 template <class In, class Op>
-class Attention {
+class Attention : public Problem<In> {
  public:
   using L = Layout<In, Op>;
+  using Problem<In>::s, Problem<In>::q, Problem<In>::k, Problem<In>::v, Problem<In>::gates;
+  using Problem<In>::mask, Problem<In>::rows, Problem<In>::stats;
 
-  Shape s;
-  View<const In> q, k, v, gates;   // gates: [B, N, H], so `head` and `row` are those of that tensor
-  Mask mask;
-  const RowLists* rows;
-  const Op *packed_k = nullptr, *packed_v = nullptr, *packed_kT = nullptr, *packed_vT = nullptr;
-  float* stats;                    // [2][B][H][N]: the subtracted maximum, and 1 / sum (0 where nothing is visible)
+  const Op *packed_k = nullptr, *packed_v = nullptr, *packed_kT = nullptr;
 
   // What packing one key-value head takes, in numbers.
   int64_t packed_size() const { return round_up(s.T, L::keys_in_run) * L::padded_dim(s.D); }
@@ -200,7 +131,7 @@ class Attention {
       const Left<Op> keys{packed_k + at, dim, 1}, values{packed_v + at, dim, 1};
       if constexpr (L::pairs) {
         const int64_t run = L::keys_in_run;
-        return {keys, values, {packed_kT + at, run, 1}, {packed_vT + at, run, 1}, dim * run};
+        return {keys, values, {packed_kT + at, run, 1}, {}, dim * run};  // only the gradients ask here
       } else {
         return {keys, values, {keys.data, 1, dim}, {values.data, 1, dim}};
       }
@@ -343,7 +274,7 @@ class Attention {
 
 
   struct ForwardMemory {
-    Op *rows, *qT, *probs, *keys, *values;
+    Op *rows, *qT, *keys, *values;
     float *scores, *outT;
     Bias bias;
   };
@@ -359,19 +290,14 @@ class Attention {
     m.outT = arena.take<float>(kRows * dim);
     m.bias.values = arena.take<float>(kRows * run);
     m.bias.scratch = arena.take<float>(kRows * run);
-    if constexpr (L::pairs) {
-      m.probs = arena.take<Op>(kRows * run);
-    } else {
-      m.probs = m.scores;
-    }
     return m;
   }
 
+  // With float operands; for others see matrix_forward.h.
   void forward(ForwardMemory& m, const BlockOfRows& ref, const View<In>& out) const {
     Block block;
     begin(block, ref);
     const KeyValue<Op> kv = key_value(ref.bk);
-    const int64_t depth = L::depth(s.D);
     gather(block, q, nullptr, m.rows);
     transpose(m.rows, m.qT);
     std::fill(block.max, block.max + kRows, kLowest);
@@ -379,17 +305,14 @@ class Attention {
     std::memset(m.outT, 0, kRows * L::padded_dim(s.D) * sizeof(float));
 
     for (int64_t t0 = 0; t0 < block.end; t0 += L::keys_in_run) {
-      const int64_t keys = std::min(L::keys_in_run, block.end - t0), padded = L::padded_keys(keys);
+      const int64_t keys = std::min(L::keys_in_run, block.end - t0);
       if (!set_bias(block, t0, keys, m.bias)) continue;
       const int64_t first = first_vector(block, t0), lane0 = first * kLanes, lanes = block.vectors * kLanes - lane0;
-      const int64_t right = lane0 * (L::pairs ? 2 : 1);
       const Left<Op> keys_run = rows_of_run(kv.k, t0, keys, s.D, m.keys);
-      product(padded, lanes, depth, keys_run, m.qT + right, kRows, m.scores + lane0, kRows, false);
-      for (int64_t vector = first; vector < block.vectors; ++vector) {
-        softmax(block, m, vector, t0, keys, padded);
-      }
+      product(keys, lanes, s.D, keys_run, m.qT + lane0, kRows, m.scores + lane0, kRows, false);
+      for (int64_t vector = first; vector < block.vectors; ++vector) softmax(block, m, vector, t0, keys);
       const Left<Op> values = columns_of_run(kv, kv.vT, rows_of_run(kv.v, t0, keys, s.D, m.values), t0);
-      product(depth, lanes, padded, values, m.probs + right, kRows, m.outT + lane0, kRows, true);
+      product(s.D, lanes, keys, values, m.scores + lane0, kRows, m.outT + lane0, kRows, true);
     }
     write_output(block, m.outT, out);
   }
@@ -403,7 +326,7 @@ class Attention {
   }
 
   // Scores of a run -> probabilities, the new maximum and sum; raises O^T to a new maximum where one grew far.
-  void softmax(Block& block, ForwardMemory& m, int64_t vector, int64_t t0, int64_t keys, int64_t padded) const {
+  void softmax(Block& block, ForwardMemory& m, int64_t vector, int64_t t0, int64_t keys) const {
     float* column = m.scores + vector * kLanes;
     Vec largest = all(kLowest);
     const bool plain = m.bias.kind == BiasKind::none && block.limit[vector * kLanes] >= t0 + keys && s.scale > 0.f;
@@ -429,44 +352,21 @@ class Attention {
     store(block.max + vector * kLanes, max);
     Vec added = all(0.f);
     if (plain) {
-      to_probabilities(m, vector, keys, padded, added, [&](Vec x) {
-        if constexpr (!L::pairs) return exp(x * s.scale - max);
-        return coarse_exp2(x * (s.scale * kLog2e) - larger(max * kLog2e, all(kLowest)));
-      });
+      to_probabilities(m, vector, keys, added, [&](Vec x) { return exp(x * s.scale - max); });
     } else {
-      to_probabilities(m, vector, keys, padded, added, [&](Vec x) { return probability(x, max); });
+      to_probabilities(m, vector, keys, added, [&](Vec x) { return exp(x - max); });
     }
     store(block.sum + vector * kLanes, sum + added);
   }
 
-  // Scores of a run -> operands of the product with the values, by `probability`; adds them to `sum`.
+  // Scores of a run -> probabilities in their place, by `probability_of`; adds them to `sum`.
   template <class Probability>
-  static void to_probabilities(ForwardMemory& m, int64_t vector, int64_t keys, int64_t padded, Vec& sum,
-                               Probability probability_of) {
+  static void to_probabilities(ForwardMemory& m, int64_t vector, int64_t keys, Vec& sum, Probability probability_of) {
     float* column = m.scores + vector * kLanes;
-    const auto probability_at = [&](int64_t t) { return probability_of(load(column + t * kRows)); };
-    if constexpr (L::pairs) {
-      BFloat* pairs = m.probs + 2 * vector * kLanes;
-      Vec odd_sum = all(0.f);
-      int64_t t = 0;
-      for (; t + 2 <= keys; t += 2) {
-        const Vec p0 = probability_at(t), p1 = probability_at(t + 1);
-        sum += p0;
-        odd_sum += p1;
-        store_pair(pairs + t * kRows, p0, p1);
-      }
-      for (; t < padded; t += 2) {
-        const Vec p0 = t < keys ? probability_at(t) : all(0.f);
-        sum += p0;
-        store_pair(pairs + t * kRows, p0, all(0.f));
-      }
-      sum += odd_sum;
-    } else {
-      for (int64_t t = 0; t < keys; ++t) {
-        const Vec p = probability_at(t);
-        sum += p;
-        store(column + t * kRows, p);
-      }
+    for (int64_t t = 0; t < keys; ++t) {
+      const Vec p = probability_of(load(column + t * kRows));
+      sum += p;
+      store(column + t * kRows, p);
     }
   }
 

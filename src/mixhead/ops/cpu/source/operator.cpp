@@ -11,7 +11,7 @@
 #include <cstddef>
 #include <memory>
 
-#include "attention.h"
+#include "matrix_forward.h"
 
 namespace mixhead {
 namespace {
@@ -92,6 +92,15 @@ RowLists list_rows(const Shape& s, const Tensor& selected) {
   return rows;
 }
 
+// Short rows do not pay for a call of memset.
+template <class In>
+void clear(In* row, int64_t count) {
+  constexpr int64_t step = sizeof(Vec) / sizeof(In);
+  int64_t d = 0;
+  for (; d + step <= count; d += step) store(reinterpret_cast<float*>(row + d), all(0.f));
+  for (; d < count; ++d) row[d] = In{};
+}
+
 // Zeros in the rows of [B, H, N, D] that no token selects.
 template <class In>
 void clear_unselected(const Shape& s, const Tensor& selected, const View<In>& out) {
@@ -101,7 +110,7 @@ void clear_unselected(const Shape& s, const Tensor& selected, const View<In>& ou
     for (int64_t bn = begin; bn < end; ++bn) {
       for (int64_t h = 0; h < s.H; ++h) {
         if (!data[bn / s.N * sb + bn % s.N * sn + h * sh]) {
-          std::memset(out.at(bn / s.N, h, bn % s.N), 0, s.D * sizeof(In));
+          clear(out.at(bn / s.N, h, bn % s.N), s.D);
         }
       }
     }
@@ -134,33 +143,21 @@ struct Call {
   }
 
   // Packs what products cannot read in place.
-  void pack(bool backward) {
+  void pack() {
     if constexpr (!A::L::in_place) {
-      const Shape& s = attention.s;
-      const int64_t size = attention.packed_size(), lists = s.B * s.K;
-      const auto room = [&] {
-        packed.emplace_back(new Op[size * lists]);
-        return packed.back().get();
-      };
-      constexpr bool pairs = A::L::pairs;
-      Op* keys = room();
-      Op* values = backward || !pairs ? room() : nullptr;
-      Op* keysT = backward && pairs ? room() : nullptr;
-      Op* valuesT = !backward && pairs ? room() : nullptr;
+      const int64_t size = attention.packed_size(), lists = attention.s.B * attention.s.K;
+      const auto room = [&] { return packed.emplace_back(new Op[size * lists]).get(); };
+      Op *keys = room(), *values = room(), *keysT = A::L::pairs ? room() : nullptr;
       at::parallel_for(0, lists, 1, [&](int64_t begin, int64_t end) {
         for (int64_t bk = begin; bk < end; ++bk) {
           attention.pack_rows(attention.k, bk, keys + bk * size);
-          if (values) attention.pack_rows(attention.v, bk, values + bk * size);
-          if constexpr (pairs) {
-            if (keysT) attention.pack_columns(attention.k, bk, keysT + bk * size);
-            if (valuesT) attention.pack_columns(attention.v, bk, valuesT + bk * size);
-          }
+          attention.pack_rows(attention.v, bk, values + bk * size);
+          if constexpr (A::L::pairs) attention.pack_columns(attention.k, bk, keysT + bk * size);
         }
       });
       attention.packed_k = keys;
       attention.packed_v = values;
       attention.packed_kT = keysT;
-      attention.packed_vT = valuesT;
     }
   }
 };
@@ -170,20 +167,91 @@ struct Units {};
 template <>
 struct Units<BFloat> : MatrixUnits {};
 
+#if defined(__AVX512BF16__)
+// Consecutive blocks of a head. A thread packs the head's keys and values when it meets the first of them.
+struct Piece {
+  int64_t first, end;
+  bool on_matrix_units;
+};
+
+template <class In>
+std::vector<Piece> cut_into_pieces(const std::vector<BlockOfRows>& blocks, int64_t heads) {
+  const int64_t wanted = 4 * at::get_num_threads(), pieces_of_head = heads >= wanted ? 1 : (wanted + heads - 1) / heads;
+  std::vector<Piece> pieces;
+  for (int64_t first = 0, end, count = int64_t(blocks.size()); first < count; first = end) {
+    for (end = first; end < count && blocks[end].bk == blocks[first].bk;) ++end;
+    const int64_t size = (end - first + pieces_of_head - 1) / pieces_of_head;
+    for (int64_t at = first; at < end; at += size) {
+      pieces.push_back({at, std::min(at + size, end), MatrixForward<In>::pays(end - first)});
+    }
+  }
+  return pieces;
+}
+
+// Memory for the blocks that matrix units do not take; they take all of bf16.
+template <class In, class Op>
+struct Spare {
+  explicit Spare(const Attention<In, Op>&) {}
+};
+template <class In>
+struct Spare<In, float> {
+  Arena arena;
+  typename Attention<In, float>::ForwardMemory memory;
+  explicit Spare(const Attention<In, float>& attention)
+      : arena(attention.forward_bytes()), memory(attention.forward_memory(arena)) {}
+};
+
+template <class In, class Op>
+void run_matrix_forward(Call<In, Op>& call, const View<In>& to) {
+  const MatrixForward<In> matrix(call.attention);
+  const std::vector<Piece> pieces = cut_into_pieces<In>(call.blocks, int64_t(call.rows.start.size()) - 1);
+  share_work(int64_t(pieces.size()), [&](std::atomic<int64_t>& next) {
+    const MatrixUnits units;
+    Arena arena(matrix.bytes());
+    auto memory = matrix.memory(arena);
+    [[maybe_unused]] Spare<In, Op> spare(call.attention);
+    for (size_t i; (i = next.fetch_add(1)) < pieces.size();) {
+      for (int64_t block = pieces[i].first; block < pieces[i].end; ++block) {
+        const bool done = pieces[i].on_matrix_units && matrix.forward(memory, call.blocks[block], to);
+        if constexpr (std::is_same_v<Op, float>) {
+          if (!done) call.attention.forward(spare.memory, call.blocks[block], to);
+        }
+      }
+    }
+  });
+}
+#endif
+
+template <class In, class Op>
+void run_vector_forward(Call<In, Op>& call, const View<In>& to) {
+  const int64_t count = int64_t(call.blocks.size());
+  call.pack();
+  share_work(count, [&](std::atomic<int64_t>& next) {
+    Arena arena(call.attention.forward_bytes());
+    auto memory = call.attention.forward_memory(arena);
+    for (int64_t i; (i = next.fetch_add(1)) < count;) call.attention.forward(memory, call.blocks[i], to);
+  });
+}
+
+// With the bf16 dot product alone, three parts of a float take longer than the float.
+#if defined(__AMX_BF16__)
+template <class Op>
+constexpr bool on_matrix_units = true;
+#else
+template <class Op>
+constexpr bool on_matrix_units = std::is_same_v<Op, BFloat>;
+#endif
+
 template <class In, class Op>
 void run_forward(Call<In, Op>& call, const Tensor& out, const Tensor& stats) {
-  auto& attention = call.attention;
   const View<In> to = view<In>(out);
-  attention.stats = stats.data_ptr<float>();
-  call.pack(false);
-  clear_unselected(attention.s, call.selected, to);
-  const int64_t count = int64_t(call.blocks.size());
-  share_work(count, [&](std::atomic<int64_t>& next) {
-    [[maybe_unused]] Units<Op> units;
-    Arena arena(attention.forward_bytes());
-    auto memory = attention.forward_memory(arena);
-    for (int64_t i; (i = next.fetch_add(1)) < count;) attention.forward(memory, call.blocks[i], to);
-  });
+  call.attention.stats = stats.data_ptr<float>();
+  clear_unselected(call.attention.s, call.selected, to);
+  if constexpr (on_matrix_units<Op>) {
+    run_matrix_forward(call, to);
+  } else {
+    run_vector_forward(call, to);
+  }
 }
 
 template <class In, class Op>
@@ -196,7 +264,7 @@ void run_backward(Call<In, Op>& call, const Tensor& grad_, const Tensor& out, co
   const auto dq_view = view<In>(dq), dk_view = view<In>(dk), dv_view = view<In>(dv);
   const auto dgates_view = view_of_gates<In>(dgates);
   attention.stats = stats.data_ptr<float>();
-  call.pack(true);
+  call.pack();
   clear_unselected(s, call.selected, dq_view);
 
   // A piece of work owns the key and value gradients of one key-value head. Where there are fewer of those than threads,
