@@ -92,17 +92,18 @@ def head_attention(
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q_BHND.dtype)
     if impl == "auto":
         impl = explain(q_BHND, k_BKTD, routing, causal=causal, attn_mask=attn_mask).impl
-    if impl not in IMPLEMENTATIONS:
+    elif impl not in IMPLEMENTATIONS:
         raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(IMPLEMENTATIONS)}.")
-    if q_BHND.numel() == 0 or k_BKTD.numel() == 0:
+    elif q_BHND.numel() == 0 or k_BKTD.numel() == 0:
         impl = "reference"  # Nothing to compute; kernels may refuse sizes of 0.
-    if impl == "cpu" and cpu.refusal(q_BHND, attn_mask):
+    elif impl == "cpu" and cpu.refusal(q_BHND, attn_mask):
         impl = "gathered"
+    gates_BNH = routing.gates_BNH
     return IMPLEMENTATIONS[impl](
         q_BHND,
         k_BKTD,
         v_BKTD,
-        routing.gates_BNH.to(q_BHND.dtype),
+        gates_BNH if gates_BNH.dtype == q_BHND.dtype else gates_BNH.to(q_BHND.dtype),
         routing.selected_BNH,
         causal=causal,
         scale=max(q_BHND.shape[-1], 1) ** -0.5 if scale is None else scale,
