@@ -22,11 +22,22 @@
 namespace mixhead {
 
 constexpr int64_t kPiece = 256;       // keys in a piece
-constexpr int64_t kFewRows = 32;      // at most so many rows of one key-value head
+constexpr int64_t kFewRows = 16;      // on average; with more, attention.h is faster
+constexpr int64_t kMostRows = 32;     // of any key-value head
 constexpr int64_t kKeyBlock = 64;     // values that stay in the first cache while several tiles of rows pass
-constexpr int64_t kAheadBytes = 4096;  // how far ahead of its use memory is asked for
+constexpr int64_t kAheadBytes = 4096; // how far ahead of its use memory is asked for
 
-inline bool few_rows(const Shape& s) { return s.N * s.groups() <= kFewRows; }
+inline bool few_rows(const Shape& s, const View<const bool>& selected) {
+  const int64_t most = s.N * s.groups();
+  if (most <= kFewRows || most > kMostRows) return most <= kFewRows;
+  int64_t count = 0;
+  for (int64_t b = 0; b < s.B; ++b) {
+    for (int64_t n = 0; n < s.N; ++n) {
+      for (int64_t h = 0; h < s.H; ++h) count += *selected.at(b, h, n);
+    }
+  }
+  return count <= kFewRows * s.B * s.K;
+}
 
 inline Vec load_wide(const float* p) { return load(p); }
 
@@ -159,7 +170,6 @@ class Decode {
   View<In> out;
   float* stats;  // as in attention.h
 
-  // `pieces_done` and `partial` hold an entry for every key-value head, and for every piece of it.
   void reserve() {
     partial_.reset(new float[lists() * pieces() * partial_size()]);
     left_.reset(new std::atomic<int32_t>[lists()]);
@@ -172,9 +182,9 @@ class Decode {
   struct Memory {
     float *q, *scores, *bias;
   };
-  int64_t bytes() const { return kFewRows * (dim() + 2 * kPiece) * int64_t(sizeof(float)) + 1024; }
+  int64_t bytes() const { return kMostRows * (dim() + 2 * kPiece) * int64_t(sizeof(float)) + 1024; }
   Memory memory(Arena& arena) const {
-    return {arena.take<float>(kFewRows * dim()), arena.take<float>(kFewRows * kPiece), arena.take<float>(kFewRows * kPiece)};
+    return {arena.take<float>(kMostRows * dim()), arena.take<float>(kMostRows * kPiece), arena.take<float>(kMostRows * kPiece)};
   }
 
   void run(Memory& m, int64_t item) const {
@@ -187,12 +197,12 @@ class Decode {
   }
 
  private:
-  std::unique_ptr<float[]> partial_;
-  std::unique_ptr<std::atomic<int32_t>[]> left_;
+  std::unique_ptr<float[]> partial_;               // of every piece
+  std::unique_ptr<std::atomic<int32_t>[]> left_;  // pieces of every key-value head that are not done yet
 
   struct Rows {
     int64_t b, kv_head, count = 0;
-    int32_t n[kFewRows], h[kFewRows];
+    int32_t n[kMostRows], h[kMostRows];
   };
 
   // Of one piece: [rows][dim], then the rows' maxima, then their sums.
@@ -225,7 +235,7 @@ class Decode {
   // The keys of a piece that any row may see, and what is added to the scores of a row: -infinity at keys hidden from it.
   struct Visible {
     int64_t begin, end;
-    const float* bias[kFewRows];  // from key `begin` on; null where nothing is added
+    const float* bias[kMostRows];  // from key `begin` on; null where nothing is added
   };
 
   Visible look(Memory& m, const Rows& rows, int64_t t0) const {
