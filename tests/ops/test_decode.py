@@ -67,7 +67,7 @@ def test_head_dimensions(head_dim, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
-@pytest.mark.parametrize("queries", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize("queries", [1, 4, 7])
 def test_queries_of_a_group_share_keys_and_values(queries, kv_heads, dtype):
     for share in (0.3, 1.1):
         assert_close_to_reference(make(queries, 300, heads=8, kv_heads=kv_heads, share=share, dtype=dtype), causal=True)
@@ -147,7 +147,7 @@ def test_keys_and_values_that_no_query_selects_do_not_matter():
     assert torch.equal(forward(q, k, v, gates, selected, causal=True), clean)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it takes away the right to read memory, as Linux does")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it forbids memory as Linux does")
 def test_what_is_not_selected_or_behind_the_mask_is_not_read():
     """A read would end the process: the pages of one head and of the unused end of a static cache are forbidden."""
     program = (
