@@ -67,7 +67,10 @@ SMALL = [
 DECODE = [
     Case(1, 1, True, keys=4096, heads=32, kv_heads=32, head_dim=128),
     Case(1, 1, True, keys=4096, heads=32, kv_heads=8, head_dim=128),
+    Case(1, 4, True, keys=4096, heads=32, kv_heads=8, head_dim=128),
     Case(8, 1, True, keys=1024),
+    Case(8, 1, True, keys=1024, heads=32, kv_heads=8, head_dim=128),
+    *(Case(1, 1, True, keys=keys) for keys in (16, 64, 256)),
 ]
 
 

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from zoo import EVERY, PADDING, TOKENS, WRITERS, ZOO, sound, tokens
+from transformers import LlamaConfig, LlamaForCausalLM
+from zoo import EVERY, PADDING, SIZES, TOKENS, WRITERS, ZOO, maker, sound, tokens
 
 import mixhead
 from mixhead import MoHConfig
 from mixhead.models.hugging_face.trace import real_tokens
+from mixhead.ops import IMPLEMENTATIONS, cpu
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
 
@@ -177,3 +179,32 @@ def test_while_whisper_generates_its_encoder_is_recorded_too():
     with mixhead.record_routing(model) as log:
         model.generate(input_features=sound(), decoder_input_ids=tokens(), **GREEDY)
     assert "model.encoder.layers.0.self_attn" in log.load()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_decoding_with_the_kernel_equals_generation_without_a_cache(cache, grouped, monkeypatch):
+    """Heads and sequences long enough for the kernel, left padding, other heads for every row of the batch."""
+    if not cpu.available()[0] or cpu.best_level() not in cpu.LEVELS[torch.float32]:
+        pytest.skip("on this CPU the kernel is not taken by itself")
+    sizes = {**SIZES, "hidden_size": 128, "max_position_embeddings": 128, "num_key_value_heads": 2 if grouped else 4}
+    model = maker(LlamaForCausalLM, lambda: LlamaConfig(**sizes))()
+    model = mixhead.convert(model, MoHConfig(active=0.5, shared=0.25))
+    ids = tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :17] = 0
+    lengths = {"max_new_tokens": 8, "min_new_tokens": 8}
+    arguments = {"input_ids": ids.masked_fill(mask == 0, PADDING), "attention_mask": mask, **lengths}
+    expected_ids, expected = write(model, **arguments, use_cache=False)
+
+    decoded, attend = [], cpu.attend
+
+    def counted(q_BHND, *args, **kwargs):
+        decoded.append(q_BHND.shape[2] == 1)
+        return attend(q_BHND, *args, **kwargs)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "cpu", counted)
+    found_ids, found = write(model, **arguments, cache_implementation=cache, disable_compile=True)
+    assert sum(decoded) == 2 * 7  # two layers; the first of eight tokens comes from reading the prompt
+    assert torch.equal(found_ids, expected_ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -92,17 +92,18 @@ def head_attention(
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q_BHND.dtype)
     if impl == "auto":
         impl = explain(q_BHND, k_BKTD, routing, causal=causal, attn_mask=attn_mask).impl
-    if impl not in IMPLEMENTATIONS:
+    elif impl not in IMPLEMENTATIONS:
         raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(IMPLEMENTATIONS)}.")
-    if q_BHND.numel() == 0 or k_BKTD.numel() == 0:
+    elif q_BHND.numel() == 0 or k_BKTD.numel() == 0:
         impl = "reference"  # Nothing to compute; kernels may refuse sizes of 0.
-    if impl == "cpu" and cpu.refusal(q_BHND, attn_mask):
+    elif impl == "cpu" and cpu.refusal(q_BHND, attn_mask):
         impl = "gathered"
+    gates_BNH = routing.gates_BNH
     return IMPLEMENTATIONS[impl](
         q_BHND,
         k_BKTD,
         v_BKTD,
-        routing.gates_BNH.to(q_BHND.dtype),
+        gates_BNH if gates_BNH.dtype == q_BHND.dtype else gates_BNH.to(q_BHND.dtype),
         routing.selected_BNH,
         causal=causal,
         scale=max(q_BHND.shape[-1], 1) ** -0.5 if scale is None else scale,
@@ -145,14 +146,15 @@ def check_arguments(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Rou
         if tensor.dtype != q_BHND.dtype:
             raise MixheadError(f"{name} is {tensor.dtype}, but q_BHND is {q_BHND.dtype}: they must have one dtype.")
     batch, heads, queries, head_dim = q_BHND.shape
-    kv_heads, keys = k_BKTD.shape[1], k_BKTD.shape[2]
-    if k_BKTD.shape != (batch, kv_heads, keys, head_dim) or kv_heads == 0 or heads % kv_heads:
+    k_shape = k_BKTD.shape  # asked for once, since a shape costs as much as the rest of a check
+    _, kv_heads, keys, _ = k_shape
+    if k_shape != (batch, kv_heads, keys, head_dim) or kv_heads == 0 or heads % kv_heads:
         raise MixheadError(
             f"k_BKTD must be [{batch}, K, T, {head_dim}] with K dividing the {heads} query heads, "
-            f"got {list(k_BKTD.shape)}."
+            f"got {list(k_shape)}."
         )
-    if v_BKTD.shape != k_BKTD.shape:
-        raise MixheadError(f"v_BKTD must have the shape of k_BKTD, {list(k_BKTD.shape)}, got {list(v_BKTD.shape)}.")
+    if v_BKTD.shape != k_shape:
+        raise MixheadError(f"v_BKTD must have the shape of k_BKTD, {list(k_shape)}, got {list(v_BKTD.shape)}.")
     for name, tensor in (("gates_BNH", routing.gates_BNH), ("selected_BNH", routing.selected_BNH)):
         if tensor.shape != (batch, queries, heads):
             raise MixheadError(f"routing.{name} must be [{batch}, {queries}, {heads}], got {list(tensor.shape)}.")

@@ -1,8 +1,8 @@
 """Attention of the selected heads on the CPU: a C++ kernel, forward and backward, compiled on first use.
 
 Queries that select a head are gathered, so the others cost nothing; no N x T tensor exists. How it works is told in
-`source/attention.h`. Without a compiler, or where nothing can be written, `available` says so and callers take portable
-PyTorch instead.
+`source/attention.h`, and for a few queries against a cache in `source/decode.h`. Without a compiler, or where nothing
+can be written, `available` says so and callers take portable PyTorch instead.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ __all__ = ["attend", "available", "best_level", "build", "pays", "refusal"]
 DTYPES = (torch.float32, torch.bfloat16)
 
 # From how many queries on the kernel is faster than the stock one on all heads and the gating after it, whatever the
-# routing: measured with `benchmarks/attention.py` (1 thread, 16 heads of 64). Fewer queries, as in decoding, fewer keys
-# and narrower heads were slower or not measured.
+# routing: measured with `benchmarks/attention.py` (1 thread, 16 heads of 64). Fewer keys and narrower heads were slower
+# or not measured.
 MIN_QUERIES = {torch.float32: 16, torch.bfloat16: 192}
+# And up to how many queries, as in decoding.
+MAX_FEW_QUERIES = {torch.float32: 16, torch.bfloat16: 4}
 # torch.compile fuses the gating, so there the stock kernel alone has to be beaten, at 100% of the heads too.
 MIN_QUERIES_COMPILED = {torch.float32: 512, torch.bfloat16: 1024}
+MAX_FEW_QUERIES_COMPILED = {torch.float32: 4, torch.bfloat16: 0}
+MIN_KEYS_COMPILED = 256
 MIN_KEYS = 16
 MIN_HEAD_DIM = 32
 # The instruction sets on which that holds. bf16 without its own instructions goes through float32.
@@ -45,5 +49,9 @@ def pays(q_BHND: Tensor, k_BKTD: Tensor) -> bool:
     """Whether the kernel is faster than the stock one, by dtype and shape alone: nothing is built or counted."""
     if best_level() not in LEVELS.get(q_BHND.dtype, ()):
         return False
-    least = (MIN_QUERIES_COMPILED if torch.compiler.is_compiling() else MIN_QUERIES)[q_BHND.dtype]
-    return q_BHND.shape[2] >= least and k_BKTD.shape[2] >= MIN_KEYS and q_BHND.shape[3] >= MIN_HEAD_DIM
+    queries, head_dim, keys = q_BHND.shape[2], q_BHND.shape[3], k_BKTD.shape[2]
+    compiled = torch.compiler.is_compiling()
+    least = (MIN_QUERIES_COMPILED if compiled else MIN_QUERIES)[q_BHND.dtype]
+    few = (MAX_FEW_QUERIES_COMPILED if compiled else MAX_FEW_QUERIES)[q_BHND.dtype]
+    least_keys = MIN_KEYS_COMPILED if compiled and queries <= few else MIN_KEYS
+    return (queries <= few or queries >= least) and keys >= least_keys and head_dim >= MIN_HEAD_DIM

@@ -5,7 +5,7 @@ Shape legend: B batch, N queries, T keys, H query heads, K key-value heads, D he
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ torch.library.define(
     "mixhead::attend_cpu",
     "(Tensor q, Tensor k, Tensor v, Tensor gates, Tensor selected, Tensor? mask, bool causal, float scale)"
     " -> (Tensor output, Tensor statistics)",
+)
+torch.library.define(
+    "mixhead::attend_cpu_inference",
+    "(Tensor q, Tensor k, Tensor v, Tensor gates, Tensor selected, Tensor? mask, bool causal, float scale) -> Tensor",
 )
 torch.library.define(
     "mixhead::attend_cpu_backward",
@@ -34,10 +38,17 @@ def attend(
     attn_mask: Tensor | None,
 ) -> Tensor:
     """Each selected head's attention times its gate. The kernel must be built, and `refusal` must be None."""
-    out_BHND, _ = torch.ops.mixhead.attend_cpu(
-        q_BHND, k_BKTD, v_BKTD, gates_BNH, selected_BNH, attn_mask, causal, scale
-    )
+    arguments = (q_BHND, k_BKTD, v_BKTD, gates_BNH, selected_BNH, attn_mask, causal, scale)
+    # What an autograd formula in Python adds to a call is as long as the attention of one token to a short cache.
+    if not needs_gradient(q_BHND, k_BKTD, v_BKTD, gates_BNH):
+        return cast(Tensor, torch.ops.mixhead.attend_cpu_inference.default(*arguments))
+    out_BHND, _ = torch.ops.mixhead.attend_cpu.default(*arguments)
     return out_BHND
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd records what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def empty_by_token(x_BHND: Tensor) -> Tensor:
@@ -51,6 +62,12 @@ def attend_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """Shapes and strides of the output and the statistics."""
     batch, heads, tokens, _head_dim = q.shape
     return empty_by_token(q), q.new_empty(2, batch, heads, tokens, dtype=torch.float32)
+
+
+@torch.library.register_fake("mixhead::attend_cpu_inference")
+def inference_fake(q: Tensor, *_: Any) -> Tensor:
+    """Shape and strides of the output."""
+    return empty_by_token(q)
 
 
 @torch.library.register_fake("mixhead::attend_cpu_backward")

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <memory>
 
+#include "decode.h"
 #include "matrix_forward.h"
 
 namespace mixhead {
@@ -313,6 +314,29 @@ void run_backward(Call<In, Op>& call, const Tensor& grad_, const Tensor& out, co
   }
 }
 
+// A few rows against each key-value head.
+template <class In>
+void run_decode(const Shape& shape, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& gates,
+                const Tensor& selected, const std::optional<Tensor>& mask, const Tensor& out, const Tensor& stats) {
+  const Tensor q = unit_stride(q_), k = unit_stride(k_), v = unit_stride(v_);
+  Decode<In> decode;
+  decode.s = shape;
+  decode.q = view<const In>(q);
+  decode.k = view<const In>(k);
+  decode.v = view<const In>(v);
+  decode.gates = view_of_gates<const In>(gates);
+  decode.selected = view_of_gates<const bool>(selected);
+  decode.mask = mask_of(mask);
+  decode.out = view<In>(out);
+  decode.stats = stats.data_ptr<float>();
+  decode.reserve();
+  share_work(decode.work(), [&](std::atomic<int64_t>& next) {
+    Arena arena(decode.bytes());
+    auto memory = decode.memory(arena);
+    for (int64_t i; (i = next.fetch_add(1)) < decode.work();) decode.run(memory, i);
+  });
+}
+
 // [B, H, N, D] with the heads of a token side by side, as the output projection wants them.
 Tensor empty_by_token(const Tensor& q) {
   return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);
@@ -322,7 +346,11 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
                                   const Tensor& selected, const std::optional<Tensor>& mask, bool causal, double scale) {
   Tensor out = empty_by_token(q);
   Tensor stats = at::zeros({2, q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
-  if (q.scalar_type() == at::kFloat) {
+  const Shape shape{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), causal, float(scale)};
+  if (few_rows(shape, view_of_gates<const bool>(selected))) {
+    const auto run = q.scalar_type() == at::kFloat ? run_decode<float> : run_decode<BFloat>;
+    run(shape, q, k, v, gates, selected, mask, out, stats);
+  } else if (q.scalar_type() == at::kFloat) {
     Call<float, float> call(q, k, v, gates, selected, mask, causal, scale);
     run_forward(call, out, stats);
   } else {
@@ -330,6 +358,12 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
     run_forward(call, out, stats);
   }
   return {out, stats};
+}
+
+// Without what the backward needs.
+Tensor attend_inference(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gates, const Tensor& selected,
+                        const std::optional<Tensor>& mask, bool causal, double scale) {
+  return std::get<0>(attend(q, k, v, gates, selected, mask, causal, scale));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
@@ -353,6 +387,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& grad, c
 // The schemas, the fake and the autograd formulas are in Python, where they need no compiler.
 TORCH_LIBRARY_IMPL(mixhead, CPU, library) {
   library.impl("attend_cpu", attend);
+  library.impl("attend_cpu_inference", attend_inference);
   library.impl("attend_cpu_backward", attend_backward);
 }
 
