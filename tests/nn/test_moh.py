@@ -111,7 +111,7 @@ def test_a_left_padded_batch_equals_its_sequences(kwargs):
 @pytest.mark.parametrize("kwargs", [{}, {"router": "linear", "bias": False}, {"router": "query_norm"}])
 def test_projections_of_selected_heads_are_those_of_all_heads(kwargs):
     """At a size where only selected heads are projected. A hook on a projection is called, with all heads."""
-    layer = MixtureOfHeadAttention(256, 8, 2, 2, **kwargs)
+    layer = MixtureOfHeadAttention(256, 4, 1, 1, **kwargs)
     hidden_BNC, calls = torch.randn(4, 160, 256, requires_grad=True), []
 
     def outcome():

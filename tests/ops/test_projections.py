@@ -287,6 +287,7 @@ def test_auto_skips_heads_where_that_pays():
     assert choice(1024, 16, 64, 1.0).impl == "dense"
     assert choice(1024, 16, 64, 0.75).impl == "dense"
     assert choice(32, 16, 64, 0.25).impl == "dense"
+    assert choice(1024, 32, 32, 0.25).impl == "dense"
     assert choice(1024, 8, 2048, 0.25).impl == "gathered"
     assert choice(1024, 8, 2048, 0.75).impl == "dense"
     assert "75%" in choice(1024, 16, 64, 0.75).reason

@@ -120,9 +120,9 @@ def weight_by_head(weight_CX: Tensor, num_heads: int) -> Tensor:
 # Measured with `benchmarks/projections.py` on a CPU with AVX-512 (table in benchmarks/results).
 KERNEL_MAX_SHARE = 0.55
 KERNEL_MIN_ROWS = 512
-KERNEL_MAX_HEAD_DIM = 128
-LOOP_MAX_SHARE = 0.4
-LOOP_MIN_HEAD_DIM = 256
+KERNEL_HEAD_DIMS = (64, 128)  # whole panels of weights; heads of 32 and 72 were no faster than dense
+LOOP_MAX_SHARE = 0.3
+LOOP_MIN_HEAD_DIM = 1024
 LOOP_MIN_ROWS_PER_HEAD = 64
 
 
@@ -151,7 +151,7 @@ def explain_projection(rows: Tensor, weight_HDC: Tensor, selected_BNH: Tensor) -
         and cpu_projections.refusal(rows) is None
     ):
         return Choice("cpu", f"{share:.0%} of the heads are selected: the C++ kernel skips the rest")
-    return Choice("dense", f"heads of {head_dim} are too narrow for a loop, and the C++ kernel does not pay here")
+    return Choice("dense", f"neither a loop nor the C++ kernel pays with heads of {head_dim} in this dtype on this CPU")
 
 
 def pick(impl: str, rows: Tensor, weight_HDC: Tensor, selected_BNH: Tensor) -> str:
