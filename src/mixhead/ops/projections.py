@@ -146,7 +146,7 @@ def explain_projection(rows: Tensor, weight_HDC: Tensor, selected_BNH: Tensor) -
     if share > KERNEL_MAX_SHARE:
         return Choice("dense", f"{share:.0%} of the heads are selected, more than {KERNEL_MAX_SHARE:.0%}")
     if (
-        head_dim <= KERNEL_MAX_HEAD_DIM
+        head_dim in KERNEL_HEAD_DIMS
         and cpu_projections.pays(dtype_of_products(rows))
         and cpu_projections.refusal(rows) is None
     ):
