@@ -120,7 +120,7 @@ def weight_by_head(weight_CX: Tensor, num_heads: int) -> Tensor:
 # Measured with `benchmarks/projections.py` on a CPU with AVX-512 (table in benchmarks/results).
 KERNEL_MAX_SHARE = 0.55
 KERNEL_MIN_ROWS = 512
-KERNEL_HEAD_DIMS = (64, 128)  # whole panels of weights; heads of 32 and 72 were no faster than dense
+KERNEL_HEAD_DIMS = (64,)  # one panel of weights; heads of 32 and 72 were no faster than dense, others not timed
 LOOP_MAX_SHARE = 0.3
 LOOP_MIN_HEAD_DIM = 1024
 LOOP_MIN_ROWS_PER_HEAD = 64
