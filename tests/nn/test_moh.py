@@ -108,6 +108,28 @@ def test_a_left_padded_batch_equals_its_sequences(kwargs):
     torch.testing.assert_close(routing.balance_loss, packed.balance_loss)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"router": "linear", "bias": False}, {"router": "query_norm"}])
+def test_projections_of_selected_heads_are_those_of_all_heads(kwargs):
+    """At a size where only selected heads are projected. A hook on a projection is called, with all heads."""
+    layer = MixtureOfHeadAttention(256, 4, 1, 1, **kwargs)
+    hidden_BNC, calls = torch.randn(4, 160, 256, requires_grad=True), []
+
+    def outcome():
+        output_BNC = layer(hidden_BNC)
+        leaves = [hidden_BNC, *layer.parameters()]
+        return [output_BNC, *torch.autograd.grad(output_BNC.square().mean(), leaves, allow_unused=True)]
+
+    sparse = outcome()
+    for proj in (layer.q_proj, layer.o_proj):
+        proj.register_forward_hook(lambda module, _, output: calls.append(module))
+    dense = outcome()
+    assert calls == [layer.q_proj, layer.o_proj]
+    for a, b in zip(sparse, dense, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("kwargs", LAYERS.values(), ids=LAYERS)
 def test_gradients_reach_the_projections_and_the_router(kwargs):
     layer, hidden_BNC = make(**kwargs), torch.randn(2, 9, C, requires_grad=True)

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
-from mixhead.ops import head_attention
+from mixhead.ops import explain_projection, head_attention, project_from_heads, project_to_heads, weight_by_head
 from mixhead.routing import LinearRouter, QueryNormRouter, Routing, TwoStageRouter
 
 
@@ -118,15 +118,40 @@ class MixtureOfHeadAttention(nn.Module):
         if key_value_states is not None:
             self._check_states("key_value_states", key_value_states, self.k_proj.in_features)
         source = hidden_states if key_value_states is None else key_value_states
-        q_BHND = self._split_heads(self.q_proj(hidden_states))
+        if self.router.needs_query:
+            q_BHND = self._split_heads(self.q_proj(hidden_states))
+            routing = self.router(hidden_states, q_BHND, token_mask_BN)
+        else:
+            routing = self.router(hidden_states, None, token_mask_BN)
+            q_BHND = self._project_queries(hidden_states, routing)
         k_BKTD = self._split_heads(self.k_proj(source))
         v_BKTD = self._split_heads(self.v_proj(source))
         if past_key_values is not None:
             k_BKTD, v_BKTD = past_key_values.update(k_BKTD, v_BKTD, layer_idx)
-        routing = self.router(hidden_states, q_BHND, token_mask_BN)
         out_BHND = head_attention(q_BHND, k_BKTD, v_BKTD, routing, causal=causal, attn_mask=attn_mask, impl=impl)
-        output_BNC = self.o_proj(out_BHND.transpose(1, 2).flatten(2))
+        output_BNC = self._project_output(out_BHND, routing)
         return (output_BNC, routing) if return_routing else output_BNC
+
+    def _project_queries(self, hidden_BNC: Tensor, routing: Routing) -> Tensor:
+        """Queries of the selected heads at least; `head_attention` reads no others."""
+        proj = self.q_proj
+        if is_plain(proj):
+            weight_HDC = proj.weight.unflatten(0, (self.num_heads, -1))
+            impl = explain_projection(hidden_BNC, weight_HDC, routing.selected_BNH).impl
+            if impl != "dense":
+                bias_HD = None if proj.bias is None else proj.bias.unflatten(0, (self.num_heads, -1))
+                return project_to_heads(hidden_BNC, weight_HDC, bias_HD, routing.selected_BNH, impl=impl)
+        return self._split_heads(proj(hidden_BNC))
+
+    def _project_output(self, out_BHND: Tensor, routing: Routing) -> Tensor:
+        """The output projection of heads that carry their gates, and are 0 where they are not selected."""
+        proj = self.o_proj
+        if is_plain(proj):
+            weight_HDC = weight_by_head(proj.weight, self.num_heads)
+            impl = explain_projection(out_BHND, weight_HDC, routing.selected_BNH).impl
+            if impl != "dense":
+                return project_from_heads(out_BHND, weight_HDC, proj.bias, routing.selected_BNH, impl=impl)
+        return proj(out_BHND.transpose(1, 2).flatten(2))
 
     @staticmethod
     def _check_states(name: str, states_BNC: Tensor, size: int) -> None:
@@ -135,6 +160,13 @@ class MixtureOfHeadAttention(nn.Module):
 
     def _split_heads(self, states_BNX: Tensor) -> Tensor:
         return states_BNX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def is_plain(proj: nn.Module) -> bool:
+    """Whether a projection is its weight and bias and nothing more: no adapter, no quantised layer, no hooks."""
+    return type(proj) is nn.Linear and not (
+        proj._forward_pre_hooks or proj._forward_hooks or proj._backward_pre_hooks or proj._backward_hooks
+    )
 
 
 def make_router(

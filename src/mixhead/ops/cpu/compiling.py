@@ -147,7 +147,7 @@ def library(level: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with one_process_at_a_time(path.with_suffix(".lock")):
             if not is_whole(path):
-                logger.warning("Compiling the attention kernel for %s, once, in about half a minute: %s", level, path)
+                logger.warning("Compiling the attention kernel for %s, once, in about a minute: %s", level, path)
                 compile_into(path, command)
     except OSError as error:
         raise BuildError(f"it cannot be kept in {path.parent} ({error}); MIXHEAD_CACHE names another folder") from error
@@ -165,7 +165,7 @@ def compile_command(level: str) -> list[str]:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         *(LEVELS[level] if platform.machine().lower() in ("x86_64", "amd64") else ()),
         f"-I{home / 'include'}",
-        str(SOURCES / "operator.cpp"),
+        *(str(SOURCES / name) for name in ("operator.cpp", "projections.cpp")),
         f"-L{home / 'lib'}",
         "-ltorch_cpu",
         "-lc10",
