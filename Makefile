@@ -46,7 +46,7 @@ demo: $(STAMP)  ## Convert a real language model, tune it, measure it, let it wr
 test: $(STAMP)  ## Check style, types and behaviour
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(STAMP)  ## Check style

@@ -34,11 +34,11 @@ class MatrixForward : public Attention<In, BFloat> {
   explicit MatrixForward(const Problem<In>& problem) { static_cast<Problem<In>&>(*this) = problem; }
 
   struct Memory {
-    BFloat *keys, *values;           // of one head: [parts][keys][dim] and [keys / run][parts][dim][run]
+    BFloat *keys, *values;           // of one head: [parts][keys][dim] and [parts][keys / 32][dim][32]
     BFloat *rows, *qT, *weights;     // [parts][kRows][dim], [parts][dim / 2][kRows][2], [parts][run / 2][kRows][2]
     float *scores, *outT;            // [step][kRows], [dim][kRows]
     Bias bias;
-    Left<BFloat> key_rows;           // the keys there, or where they lie in the tensor
+    const BFloat* key_rows;          // the keys there, or where they lie in the tensor
     int64_t head = -1;               // whose keys and values are there
     bool fits = true;                // whether parts represent them
   };
@@ -99,10 +99,10 @@ class MatrixForward : public Attention<In, BFloat> {
 
  private:
   void pack_keys(Memory& m, int64_t b, int64_t head, Magnitude& magnitude) const {
-    m.key_rows = {m.keys, dim(), 1};
+    m.key_rows = m.keys;
     if constexpr (parts == 1) {
       if (s.D == dim() && k.row == dim() && s.T % step == 0) {
-        m.key_rows.data = k.at(b, head, 0);
+        m.key_rows = k.at(b, head, 0);
         return;
       }
     }
@@ -117,7 +117,7 @@ class MatrixForward : public Attention<In, BFloat> {
   void pack_values(Memory& m, int64_t b, int64_t head, Magnitude& magnitude) const {
     alignas(64) uint32_t words[parts][16 * 16];
     for (int64_t t0 = 0; t0 < round_up(s.T, step); t0 += step) {
-      BFloat* to = m.values + t0 / run * run * dim() * parts + t0 % run;
+      BFloat* to = m.values + t0 * dim();
       for (int64_t d0 = 0; d0 < dim(); d0 += 16) {
         const int64_t count = std::clamp<int64_t>(s.D - d0, 0, 16);
         for (int64_t pair = 0; pair < 16; ++pair) {
@@ -128,7 +128,7 @@ class MatrixForward : public Attention<In, BFloat> {
           for (int part = 0; part < parts; ++part) _mm512_store_si512(words[part] + pair * 16, out[part]);
         }
         for (int part = 0; part < parts; ++part) {
-          transpose_words(words[part], 16, 16, 16, reinterpret_cast<uint32_t*>(to + (part * dim() + d0) * run), run / 2);
+          transpose_words(words[part], 16, 16, 16, reinterpret_cast<uint32_t*>(to + part * keys_part() + d0 * step), step / 2);
         }
       }
     }
@@ -165,18 +165,18 @@ class MatrixForward : public Attention<In, BFloat> {
                                  ? this->first_vector(block, t0 + at) * kLanes : lanes;
       for (int64_t lane = first; lane < seeing; lane += 32) clear_weights(m, at, lane);
       for (int64_t lane = seeing; lane < lanes; lane += 32) {
-        product_of_parts<parts>(dim(), m.key_rows.from(t0 + at, 0), keys_part(), m.qT + 2 * lane, kRows * dim(),
+        product_of_parts<parts>(dim(), {m.key_rows + (t0 + at) * dim(), dim(), step}, keys_part(), m.qT + 2 * lane, kRows * dim(),
                                 kRows, m.scores + lane, kRows, false);
         for (int64_t vector = lane / kLanes; vector < lane / kLanes + 2; ++vector) {
           weigh(m, block, vector, t0, at, keys);
         }
       }
     }
-    const BFloat* values = m.values + t0 * dim() * parts;
+    const BFloat* values = m.values + t0 * dim();
     for (int64_t lane = first; lane < lanes; lane += 32) {
       for (int64_t d = 0; d < dim(); d += 32) {
-        product_of_parts<parts>(round_up(count, step), {values + d * run, run, 1}, dim() * run, m.weights + 2 * lane,
-                                run * kRows, kRows, m.outT + d * kRows + lane, kRows, true);
+        product_of_parts<parts>(round_up(count, step), {values + d * step, step, dim() * step}, keys_part(),
+                                m.weights + 2 * lane, run * kRows, kRows, m.outT + d * kRows + lane, kRows, true);
       }
     }
   }

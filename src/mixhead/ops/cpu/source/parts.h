@@ -80,7 +80,8 @@ inline void split_row(const float* from, int64_t count, int64_t dim, BFloat* to,
 }
 
 // C[32][32] (+)= A B over `depth` (a multiple of 32), summed over the parts, the small products first. Parts of A and of B
-// are `a_part` and `b_part` numbers apart. A streams through the caches: each of its tiles is used once or twice.
+// are `a_part` and `b_part` numbers apart, slices of A that are 32 deep `a.col`. A streams through the caches: each of its
+// tiles is used once or twice.
 template <int Parts>
 inline void product_of_parts(int64_t depth, Left<BFloat> a, int64_t a_part, const BFloat* b, int64_t b_part, int64_t ldb,
                              float* c, int64_t ldc, bool accumulate) {
@@ -101,12 +102,12 @@ inline void product_of_parts(int64_t depth, Left<BFloat> a, int64_t a_part, cons
     for (int i = 0; i <= order; ++i) {
       const BFloat *left = a.data + i * a_part, *right = b + (order - i) * b_part;
       for (int64_t k = 0; k < depth; k += 32) {
-        _tile_stream_loadd(4, left + k, a_stride);
+        _tile_stream_loadd(4, left + k / 32 * a.col, a_stride);
         _tile_loadd(6, right + k * ldb, b_stride);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, right + k * ldb + 32, b_stride);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_stream_loadd(5, left + 16 * a.row + k, a_stride);
+        _tile_stream_loadd(5, left + 16 * a.row + k / 32 * a.col, a_stride);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
@@ -118,7 +119,9 @@ inline void product_of_parts(int64_t depth, Left<BFloat> a, int64_t a_part, cons
   _tile_stored(3, c + 16 * ldc + 16, stride);
 #else
   static_assert(Parts == 1);
-  product(32, 32, depth, a, b, ldb, c, ldc, accumulate);
+  for (int64_t k = 0; k < depth; k += 32) {
+    product(32, 32, 32, {a.data + k / 32 * a.col, a.row, 1}, b + k * ldb, ldb, c, ldc, accumulate || k > 0);
+  }
 #endif
 }
 
