@@ -104,7 +104,7 @@ def forward(  # type: ignore[no-untyped-def]  # noqa: D103
         if KEEP:
             tl.store(plain + place_MW, o_MW.to(plain.dtype.element_ty), mask=ok_MW)
             # +inf, so that in the gradient exp(score - log_sum) is 0 for a row that may attend to nothing.
-            log_sum_M = tl.where(blind_M, float("inf"), most_M + tl.log(sum_M))
+            log_sum_M = tl.where(blind_M, float("inf"), most_M + tl.log(tl.where(blind_M, 1.0, sum_M)))
             tl.store(log_sums + list_start + row_M, log_sum_M, mask=ok_M)
 
 

@@ -78,10 +78,16 @@ def launch(
 
 
 def blocks(head_dim: int, element_size: int) -> dict[str, int]:
-    """Rows and keys of a block, and the padded head dim: small enough for the shared memory of any GPU since 2020."""
+    """Rows and keys of a block, the padded head dim, and warps: so that the compiler keeps a block in the registers.
+
+    float32 is multiplied exactly, outside the matrix units, and needs smaller blocks.
+    """
     width = max(16, 1 << (head_dim - 1).bit_length())
-    side = 64 if width * element_size <= 256 else 32 if width * element_size <= 512 else 16
-    return {"ROWS": side, "KEYS": side, "WIDTH": width, "num_warps": 4, "num_stages": 2}
+    if element_size == 4:
+        side, warps = (32, 8) if width <= 64 else (16, 8)
+    else:
+        side, warps = (64, 4) if width <= 128 else (32, 4)
+    return {"ROWS": side, "KEYS": side, "WIDTH": width, "num_warps": warps, "num_stages": 2}
 
 
 def kernels() -> ModuleType:
