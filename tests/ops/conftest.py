@@ -10,5 +10,5 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(autouse=True)
 def flex_without_the_compiler(monkeypatch):
-    """On the CPU FlexAttention compiles its own reference for every new shape, half a second each; here it runs as is."""
+    """FlexAttention on the CPU compiles its own reference for every shape, half a second each; here it runs as is."""
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)

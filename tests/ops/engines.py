@@ -12,7 +12,9 @@ from mixhead.routing.selection import grouped_top_k_mask
 def engines(*without):
     """All implementations but these."""
     names = [name for name in IMPLEMENTATIONS if name not in without]
-    return [pytest.param(name, marks=[pytest.mark.skip(reason=why)] if (why := missing(name)) else []) for name in names]
+    return [
+        pytest.param(name, marks=[pytest.mark.skip(reason=why)] if (why := missing(name)) else []) for name in names
+    ]
 
 
 def missing(impl):
