@@ -91,7 +91,8 @@ def head_attention(
         where a head is not selected or may attend to nothing.
 
     Raises:
-        MixheadError: where shapes, dtypes or the name of the implementation do not fit.
+        MixheadError: where shapes, dtypes or the name of the implementation do not fit, or where the implementation
+            that was asked for cannot take these arguments here (see `refusal`).
     """
     q_BHND, k_BKTD, v_BKTD = autocast_together(q_BHND, k_BKTD, v_BKTD)
     check_arguments(q_BHND, k_BKTD, v_BKTD, routing, attn_mask)
