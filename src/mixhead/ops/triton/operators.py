@@ -134,12 +134,10 @@ def run_forward(
 
 
 def kept(q: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """Room for what the gradient needs; none where it is not asked for."""
+    """Room for what the gradient needs, 0 where a head is not selected; none where no gradient is asked for."""
     if not keep:
         return q.new_empty(0), q.new_empty(0, dtype=torch.float32)
-    batch, heads, queries, head_dim = q.shape
-    plain = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
-    return plain, q.new_empty(batch, heads, queries, dtype=torch.float32)
+    return zeros_by_token(q), q.new_zeros(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.impl("mixhead::attend_triton_backward", ("cpu", "cuda"))
