@@ -6,6 +6,7 @@ SHELL := /bin/bash
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.complete
+TRITON := .venv-triton
 DEMO  := $(BIN)/mixhead demo
 
 # The first Python that is new enough and can make a virtual environment. Override: make PYTHON=...
@@ -19,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help
 help:  ## Say what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The stamp is written last and taken away first. Without it, the environment was never finished, and
 # pip may take a half-unpacked package for a whole one; so it is made anew (downloads are in pip's cache).
@@ -48,6 +49,22 @@ test: $(STAMP)  ## Check style, types and behaviour
 	@$(MAKE) --no-print-directory types
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
+# Triton stays out of .venv: it is large, and a resolver may replace the CPU build of PyTorch for it. The second
+# environment holds nothing else, and sees the packages of the first.
+$(TRITON)/.complete: $(STAMP)
+	@echo "Installing Triton in $(TRITON), about 1 GB."
+	@rm -rf $(TRITON)
+	@$(BIN)/python -m venv $(TRITON)
+	@{ $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; echo "$(CURDIR)/src"; } \
+		> "$$($(TRITON)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mixhead.pth"
+	@$(TRITON)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-cpu.txt --no-deps triton
+	@touch $@
+
+.PHONY: test-triton
+test-triton: $(TRITON)/.complete  ## Check the Triton kernels, on the CPU in Triton's interpreter
+	@TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest tests/ops/test_triton.py tests/ops/test_agreement.py \
+		tests/ops/test_head_attention.py -k triton $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: $(STAMP)  ## Check style
 	@$(BIN)/ruff check .
@@ -64,5 +81,5 @@ format: $(STAMP)  ## Put style right
 
 .PHONY: clean
 clean:  ## Remove the environment and all caches
-	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(TRITON) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,18 +1,20 @@
 """Every implementation computes what the reference computes: outputs and gradients, on awkward sizes and selections."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from engines import balanced, engines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixhead.ops import IMPLEMENTATIONS, head_attention
+from mixhead.errors import MixheadError
+from mixhead.ops import head_attention
 from mixhead.routing import Routing
 
-ENGINES = [name for name in IMPLEMENTATIONS if name != "reference"]
+ENGINES = engines("reference")
 TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-10}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
 
 # How a selection can be shaped: bool [B, N, H] from the sizes.
@@ -39,16 +41,25 @@ class Case:
     gates_BNH: Tensor
     selected_BNH: Tensor
 
+    def fitted(self, impl):
+        """This case with a selection that the engine can take."""
+        if impl != "slots" or self.selected_BNH.numel() == 0:
+            return self
+        return replace(self, selected_BNH=balanced(self.selected_BNH, self.k_BKTD.shape[1]))
+
     def outcome(self, impl, attn_mask=None, cotangent_BHND=None, **kwargs):
         # Only selected heads have a gate, so only their gates have a gradient.
         gates_BNH = torch.where(self.selected_BNH, self.gates_BNH, 0.0)
         routing = Routing(gates_BNH, self.selected_BNH)
-        out_BHND = head_attention(
-            self.q_BHND, self.k_BKTD, self.v_BKTD, routing, attn_mask=attn_mask, impl=impl, **kwargs
-        )
+        with torch.set_grad_enabled(impl != "flex"):  # which has no gradient on the CPU
+            out_BHND = head_attention(
+                self.q_BHND, self.k_BKTD, self.v_BKTD, routing, attn_mask=attn_mask, impl=impl, **kwargs
+            )
         assert out_BHND.shape == self.q_BHND.shape
         assert out_BHND.dtype == self.q_BHND.dtype
         assert (out_BHND.transpose(1, 2)[~self.selected_BNH] == 0).all()
+        if impl == "flex":
+            return {"output": out_BHND}
         inputs = {"q": self.q_BHND, "k": self.k_BKTD, "v": self.v_BKTD, "gates": self.gates_BNH}
         if attn_mask is not None and attn_mask.requires_grad:
             inputs["attn_mask"] = attn_mask
@@ -73,8 +84,24 @@ def make_case(queries, keys=None, *, batch=2, heads=4, kv_heads=4, head_dim=8, s
     )
 
 
+def refuses(case, impl, attn_mask=None, **kwargs):
+    """Whether an engine refuses a case, which it then does with a sentence. What all engines take is not asked here."""
+    learned = attn_mask is not None and attn_mask.requires_grad
+    narrow = impl == "triton" and case.q_BHND.dtype == torch.float64
+    if not (narrow or (learned and impl in ("triton", "flex"))):
+        return False
+    with pytest.raises(MixheadError, match=r"cannot take these arguments: .*\."):
+        case.outcome(impl, attn_mask=attn_mask, **kwargs)
+    return True
+
+
 def assert_agrees(case, impl, **kwargs):
+    case = case.fitted(impl)
+    if refuses(case, impl, **kwargs):
+        return
     expected, actual = case.outcome("reference", **kwargs), case.outcome(impl, **kwargs)
+    if impl == "flex":
+        expected = {"output": expected["output"]}
     for name, tensor in expected.items():
         torch.testing.assert_close(
             actual[name], tensor, **TOLERANCE[tensor.dtype], msg=lambda m, name=name: f"{impl}, {name}: {m}"
@@ -135,7 +162,8 @@ def test_masks_of_every_shape_and_kind(impl, shape, causal):
     assert_agrees(case, impl, causal=causal, attn_mask=torch.randn(shape, requires_grad=True))  # a learned bias
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+# In slots the padded queries use heads like all others: test_slots.py asks about them.
+@pytest.mark.parametrize("impl", engines("slots"))
 @pytest.mark.parametrize("kind", ["bool", "-inf", "lowest"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding(impl, kind, causal):
@@ -161,7 +189,7 @@ def test_padding(impl, kind, causal):
         torch.testing.assert_close(real, expected[name], **TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", engines())
 @pytest.mark.parametrize("additive", [False, True])
 def test_a_query_that_may_attend_to_nothing_gives_zero(impl, additive):
     case = make_case(9, 7, selection="everything")
@@ -170,7 +198,7 @@ def test_a_query_that_may_attend_to_nothing_gives_zero(impl, additive):
     mask = torch.zeros(9, 7).masked_fill(~sees_NT, -torch.inf) if additive else sees_NT
     outcome = case.outcome(impl, attn_mask=mask)
     assert (outcome["output"][:, :, [0, 4]] == 0).all()
-    assert (outcome["q"][:, :, [0, 4]] == 0).all()
+    assert impl == "flex" or (outcome["q"][:, :, [0, 4]] == 0).all()
     assert all(t.isfinite().all() for t in outcome.values())
     if impl != "reference":
         assert_agrees(case, impl, attn_mask=mask)
@@ -178,7 +206,7 @@ def test_a_query_that_may_attend_to_nothing_gives_zero(impl, additive):
     assert (case.outcome(impl, causal=True)["output"][:, :, :2] == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", engines())
 def test_the_last_query_sees_the_last_key(impl):
     """Causal attention of the last queries alone equals the last rows of the whole: decoding in chunks."""
     case = make_case(20, selection="everything")
@@ -190,7 +218,7 @@ def test_the_last_query_sees_the_last_key(impl):
         torch.testing.assert_close(tail.outcome(impl, causal=True)["output"], whole[:, :, start:])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", engines())
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -210,7 +238,7 @@ def test_sizes_of_zero(impl, sizes):
 
 @pytest.mark.parametrize("impl", ENGINES)
 def test_strides_do_not_matter(impl):
-    case = make_case(13, 13, kv_heads=2)
+    case = make_case(13, 13, kv_heads=2).fitted(impl)
     strided = Case(
         q_BHND=case.q_BHND.detach().transpose(1, 2).contiguous().transpose(1, 2),  # as a projection makes it
         k_BKTD=case.k_BKTD.detach().repeat_interleave(2, -1)[..., ::2],
@@ -222,8 +250,8 @@ def test_strides_do_not_matter(impl):
         assert not tensor.is_contiguous()
         tensor.requires_grad_()
     expected, actual = case.outcome("reference", causal=True), strided.outcome(impl, causal=True)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(actual[name], tensor, **TOLERANCE[torch.float32])
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name], **TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("impl", ENGINES)
@@ -235,7 +263,7 @@ def test_expanded_keys_and_gates(impl):
     assert_agrees(case, impl)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", engines("slots"))  # they run the stock kernel itself
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("queries", [63, 197])
@@ -252,6 +280,8 @@ def test_rounding_errors_are_those_of_the_stock_kernel(impl, dtype, causal, quer
     stock_error = (stock.double() - exact).norm()
     # The reference stores every step in the dtype that it is given, which the fused kernels do not.
     slack = 2.0 if impl == "reference" else 1.2
+    if impl == "triton" and dtype == torch.bfloat16:
+        slack = 3.0  # Triton's interpreter rounds to bfloat16 towards zero, which doubles every error.
     assert (attend(impl, q, k, v, gates=gates_BNH) - exact).norm() <= slack * stock_error
     # Gates of a router that computes in float32.
     assert (attend(impl, q, k, v, gates=gates_BNH.float()) - exact).norm() <= slack * stock_error
@@ -290,12 +320,12 @@ def test_whatever_the_arguments(impl, data):
     assert_agrees(case, impl, attn_mask=mask, causal=causal, scale=scale)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", engines("triton", "flex"))  # one has no float64, the other no gradient on the CPU
 @pytest.mark.parametrize(
     "kwargs", [{}, {"causal": True}, {"attn_mask": torch.rand(3, 4) < 0.7}], ids=["", "causal", "mask"]
 )
 def test_gradients_are_derivatives(impl, kwargs):
-    case = make_case(3, 4, batch=1, heads=2, kv_heads=1, head_dim=2, dtype=torch.float64)
+    case = make_case(3, 4, batch=1, heads=2, kv_heads=1, head_dim=2, dtype=torch.float64).fitted(impl)
 
     def attend(q, k, v, gates):
         routing = Routing(torch.where(case.selected_BNH, gates, 0.0), case.selected_BNH)

@@ -45,6 +45,8 @@ def test_gates_are_exactly_zero_and_one(kind, heads, shared, active, groups):
     assert routing.gates_BNH.equal(routing.selected_BNH.float())
     in_group = routing.selected_BNH.unflatten(-1, (groups, -1)).sum(-1)
     assert (in_group == active // groups).all()
+    if shared < heads:
+        assert routing.slots(groups) == active // groups, "what holds by construction is promised to the operators"
 
 
 @pytest.mark.parametrize("kind", KINDS)

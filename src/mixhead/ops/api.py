@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.ops import cpu, dense, gathered, reference
+from mixhead.ops import cpu, dense, flex, gathered, reference, slots, triton
 from mixhead.routing import Routing
 
 
@@ -39,12 +39,20 @@ IMPLEMENTATIONS: dict[str, Attend] = {
     "dense": dense.attend,
     "gathered": gathered.attend,
     "cpu": cpu.attend,
+    "slots": slots.attend,
+    "triton": triton.attend,
+    "flex": flex.attend,
 }
 
 # Measured with `benchmarks/attention.py` on CPUs with AVX-512 (table in benchmarks/results): where gathering begins to
 # beat the stock kernel on all heads, without a mask.
 GATHER_MIN_QUERIES = 512
 GATHER_MAX_SHARE = 0.7
+# Likewise for packing heads into slots: measured with and without a gradient, causal or not, in float32 and bfloat16.
+SLOTS_MIN_QUERIES = 512
+SLOTS_MAX_SHARE = 0.5
+# Not measured: below a block of queries there is nothing to gather.
+TRITON_MIN_QUERIES = 128
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,8 @@ def head_attention(
         where a head is not selected or may attend to nothing.
 
     Raises:
-        MixheadError: where shapes, dtypes or the name of the implementation do not fit.
+        MixheadError: where shapes, dtypes or the name of the implementation do not fit, or where the implementation
+            that was asked for cannot take these arguments here (see `refusal`).
     """
     q_BHND, k_BKTD, v_BKTD = autocast_together(q_BHND, k_BKTD, v_BKTD)
     check_arguments(q_BHND, k_BKTD, v_BKTD, routing, attn_mask)
@@ -96,8 +105,11 @@ def head_attention(
         raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(IMPLEMENTATIONS)}.")
     elif q_BHND.numel() == 0 or k_BKTD.numel() == 0:
         impl = "reference"  # Nothing to compute; kernels may refuse sizes of 0.
-    elif impl == "cpu" and cpu.refusal(q_BHND, attn_mask):
+    elif why := refusal(impl, q_BHND, k_BKTD, v_BKTD, routing, attn_mask):
+        if impl != "cpu":
+            raise MixheadError(f"impl={impl!r} cannot take these arguments: {why}.")
         impl = "gathered"
+    promise = {"heads_per_group": routing.slots(k_BKTD.shape[1])} if impl == "slots" else {}
     gates_BNH = routing.gates_BNH
     return IMPLEMENTATIONS[impl](
         q_BHND,
@@ -108,7 +120,24 @@ def head_attention(
         causal=causal,
         scale=max(q_BHND.shape[-1], 1) ** -0.5 if scale is None else scale,
         attn_mask=attn_mask,
+        **promise,
     )
+
+
+def refusal(
+    impl: str, q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None = None
+) -> str | None:
+    """Why that implementation cannot take these arguments, in a sentence; None where it can."""
+    if impl == "cpu":
+        return cpu.refusal(q_BHND, attn_mask)
+    if impl == "slots":
+        kv_heads = k_BKTD.shape[1]
+        return slots.refusal(routing.selected_BNH, kv_heads, routing.slots(kv_heads))
+    if impl == "triton":
+        return triton.refusal(q_BHND, attn_mask)
+    if impl == "flex":
+        return flex.refusal(q_BHND, k_BKTD, v_BKTD, attn_mask)
+    return None
 
 
 def explain(
@@ -117,11 +146,13 @@ def explain(
     """Which implementation `impl="auto"` takes for these arguments, and why."""
     if q_BHND.numel() == 0 or k_BKTD.numel() == 0:
         return Choice("reference", "there is nothing to compute: there are no queries or no keys")
-    if q_BHND.device.type != "cpu":
-        return Choice("dense", f"counting selected heads would make the {q_BHND.device.type} device wait for the host")
     # Asked in this order, so that a kernel is only built where it pays.
     if cpu.pays(q_BHND, k_BKTD) and cpu.refusal(q_BHND, attn_mask) is None:
         return Choice("cpu", "at this size the C++ kernel is faster than the stock one, whatever the routing")
+    if (choice := packed(q_BHND, k_BKTD, routing, attn_mask)) is not None:
+        return choice
+    if q_BHND.device.type != "cpu":
+        return explain_device(q_BHND, attn_mask)
     if torch.compiler.is_compiling():
         return Choice("dense", "torch.compile needs static shapes, and the stock kernel has them")
     if causal or attn_mask is not None:
@@ -134,6 +165,31 @@ def explain(
     if largest_share > GATHER_MAX_SHARE:
         return Choice("dense", f"one head is selected by {largest_share:.0%} of the tokens, so gathering does not pay")
     return Choice("gathered", f"the busiest head is selected by {largest_share:.0%} of the tokens: the rest is skipped")
+
+
+def packed(q_BHND: Tensor, k_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None) -> Choice | None:
+    """Slots, where the router promised a number of them that pays; nothing is counted."""
+    heads, kv_heads = q_BHND.shape[1], k_BKTD.shape[1]
+    count, group = routing.slots(kv_heads), heads // kv_heads
+    if count is None or count > SLOTS_MAX_SHARE * group or q_BHND.shape[2] < SLOTS_MIN_QUERIES:
+        return None
+    if attn_mask is not None and attn_mask.shape[-3:-2] not in ((), (1,)):
+        return None  # A mask that differs between heads would have to be gathered.
+    return Choice(
+        "slots",
+        f"every token uses {count} of {group} heads in each key-value group: the stock kernel runs on "
+        f"{count * kv_heads} heads instead of {heads}",
+    )
+
+
+def explain_device(q_BHND: Tensor, attn_mask: Tensor | None) -> Choice:
+    """The choice on a device that works ahead of the host, where nothing may be counted."""
+    if q_BHND.shape[2] < TRITON_MIN_QUERIES:
+        few = f"with {q_BHND.shape[2]} queries (fewer than {TRITON_MIN_QUERIES}) there is little to skip"
+        return Choice("dense", few)
+    if why := triton.refusal(q_BHND, attn_mask):
+        return Choice("dense", f"{why}; counting selected heads would make the device wait for the host")
+    return Choice("triton", "the Triton kernel skips heads that are not selected, without asking the host")
 
 
 def check_arguments(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None) -> None:

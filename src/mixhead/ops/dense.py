@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixhead.ops.masks import causal_mask_NT
+from mixhead.ops.masks import with_causal
 
 
 def attend(
@@ -37,15 +37,3 @@ def attend(
     gates_BHN1 = gates_BNH.transpose(1, 2).unsqueeze(-1)
     selected_BHN1 = selected_BNH.transpose(1, 2).unsqueeze(-1)
     return torch.where(selected_BHN1, out_BHND * gates_BHN1, 0.0)
-
-
-def with_causal(attn_mask: Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
-    """The mask joined with the causal one. A single query sees every key, so nothing has to be joined for it."""
-    if num_queries == 1:
-        return attn_mask
-    causal_NT = causal_mask_NT(num_queries, num_keys, device)
-    if attn_mask is None:
-        return causal_NT
-    if attn_mask.dtype == torch.bool:
-        return attn_mask & causal_NT
-    return attn_mask.masked_fill(~causal_NT, -torch.inf)

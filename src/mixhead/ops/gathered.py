@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixhead.ops.rows import selected_first
+
 QUERIES_PER_BLOCK = 256
 
 
@@ -42,11 +44,6 @@ def attend(
     used_BHM1 = selected_BHN.gather(2, position_BHM).unsqueeze(-1)
     out_BHMD = torch.where(used_BHM1, out_BHMD * gate_BHM.unsqueeze(-1), 0.0)
     return torch.zeros_like(q_BHND, dtype=out_BHMD.dtype).scatter(2, index_BHMD, out_BHMD)
-
-
-def selected_first(selected_BHN: Tensor) -> Tensor:
-    """Positions of the tokens, those that selected the head first, each part in rising order: int64 [B, H, N]."""
-    return selected_BHN.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
 
 
 def attend_in_blocks(

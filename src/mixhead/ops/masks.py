@@ -19,3 +19,15 @@ def attended_BHNT(q_BHND: Tensor, k_BKTD: Tensor, attn_mask: Tensor | None, caus
         causal_NT = causal_mask_NT(q_BHND.shape[2], k_BKTD.shape[2], q_BHND.device)
         allowed = causal_NT if allowed is None else allowed & causal_NT
     return allowed
+
+
+def with_causal(attn_mask: Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
+    """The mask joined with the causal one. A single query sees every key, so nothing has to be joined for it."""
+    if num_queries == 1:
+        return attn_mask
+    causal_NT = causal_mask_NT(num_queries, num_keys, device)
+    if attn_mask is None:
+        return causal_NT
+    if attn_mask.dtype == torch.bool:
+        return attn_mask & causal_NT
+    return attn_mask.masked_fill(~causal_NT, -torch.inf)

@@ -86,6 +86,7 @@ class TwoStageRouter(nn.Module):
             probs_BNH=torch.cat([torch.zeros_like(shared_BNS), probs_BNE], -1),
             num_routed_heads=self.num_routed_heads,
             token_mask_BN=token_mask_BN,
+            heads_per_group=self.active_heads,
         )
 
     def _shared_gates(self, hidden_BNC: Tensor) -> Tensor:
@@ -156,6 +157,8 @@ class BinaryRouter(nn.Module):
             probs_BNH=scores_BNH.masked_fill(self.shared_H, -torch.inf).softmax(-1),
             num_routed_heads=self.num_heads - self.shared_heads,
             token_mask_BN=token_mask_BN,
+            heads_per_group=self.active_heads // self.num_groups,
+            num_groups=self.num_groups,
         )
 
 

@@ -25,6 +25,9 @@ class Routing:
             nothing competes, so that there is nothing to balance.
         num_routed_heads: E, how many heads compete.
         token_mask_BN: bool, True at real tokens and False at padding; None means that every token is real.
+        heads_per_group: the router's promise, by construction, that every token uses exactly this many heads of each
+            group; None where it promises nothing. Operators pack heads by it without reading any tensor.
+        num_groups: how many groups that promise is about; each is a run of H / num_groups heads.
     """
 
     gates_BNH: Tensor
@@ -32,6 +35,8 @@ class Routing:
     probs_BNH: Tensor | None = None
     num_routed_heads: int = 0
     token_mask_BN: Tensor | None = None
+    heads_per_group: int | None = None
+    num_groups: int = 1
 
     @classmethod
     def from_gates(cls, gates_BNH: Tensor) -> Routing:
@@ -46,6 +51,12 @@ class Routing:
                 f"but it is {gates_BNH.dtype} of shape {list(gates_BNH.shape)}."
             )
         return cls(gates_BNH=gates_BNH, selected_BNH=gates_BNH != 0)
+
+    def slots(self, num_key_value_heads: int) -> int | None:
+        """How many heads every token uses of those that share one key-value head; None where nobody promised it."""
+        if self.heads_per_group is None or self.num_groups % num_key_value_heads:
+            return None
+        return self.heads_per_group * (self.num_groups // num_key_value_heads)
 
     @property
     def balance_loss(self) -> Tensor:
