@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.ops import cpu, dense, gathered, reference
+from mixhead.ops import cpu, crossover, dense, gathered, reference
 from mixhead.routing import Routing
 
 
@@ -41,7 +41,7 @@ IMPLEMENTATIONS: dict[str, Attend] = {
     "cpu": cpu.attend,
 }
 
-# Measured with `benchmarks/attention.py` on CPUs with AVX-512 (table in benchmarks/results): where gathering begins to
+# Measured with `mixhead bench core` on CPUs with AVX-512 (table in benchmarks/results): where gathering begins to
 # beat the stock kernel on all heads, without a mask.
 GATHER_MIN_QUERIES = 512
 GATHER_MAX_SHARE = 0.7
@@ -118,17 +118,19 @@ def explain(
         return Choice("reference", "there is nothing to compute: there are no queries or no keys")
     if q_BHND.device.type != "cpu":
         return Choice("dense", f"counting selected heads would make the {q_BHND.device.type} device wait for the host")
+    compiling = torch.compiler.is_compiling()
+    known = None if compiling else crossover.measured(q_BHND, k_BKTD, routing.selected_BNH, causal)
+    basis = "default" if known is None else "measured on this machine"
     # Asked in this order, so that a kernel is only built where it pays.
-    if cpu.pays(q_BHND, k_BKTD) and cpu.refusal(q_BHND, attn_mask) is None:
-        return Choice("cpu", "at this size the C++ kernel is faster than the stock one, whatever the routing")
-    if torch.compiler.is_compiling():
+    if (cpu.pays(q_BHND, k_BKTD) if known is None else known) and cpu.refusal(q_BHND, attn_mask) is None:
+        return Choice("cpu", f"at this size the C++ kernel is faster than the stock one ({basis})")
+    if compiling:
         return Choice("dense", "torch.compile needs static shapes, and the stock kernel has them")
     if causal or attn_mask is not None:
         return Choice("dense", "under a mask the stock kernel on all heads is faster than gathered queries")
     if q_BHND.shape[2] < GATHER_MIN_QUERIES:
-        return Choice(
-            "dense", f"with {q_BHND.shape[2]} queries (fewer than {GATHER_MIN_QUERIES}) gathering does not pay"
-        )
+        fewer = f"with {q_BHND.shape[2]} queries (fewer than {GATHER_MIN_QUERIES}) gathering does not pay"
+        return Choice("dense", fewer if known is None else f"at this size the stock kernel is faster ({basis})")
     largest_share = float(routing.selected_BNH.float().mean(1).max())
     if largest_share > GATHER_MAX_SHARE:
         return Choice("dense", f"one head is selected by {largest_share:.0%} of the tokens, so gathering does not pay")
