@@ -6,6 +6,7 @@ Shape legend: B batch, N tokens, V vocabulary, S tokens that are checked.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from mixhead.routing import Routing
 
 PREFILL, TRAINING = "prefill", "forward + backward"
 DIRECTIONS = {"forward": PREFILL, "backward": TRAINING, "decode": DECODE}
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3, torch.bfloat16: 0.2}
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 CHECKED_TOKENS = 256
 LLAMA = "llama:"
 
@@ -113,7 +114,7 @@ class Model:
         return self.converted, {"head_attention_impl": "dense" if engine == MASKED else engine}
 
     def error(self, engine: str) -> float:
-        """Compares the logits, and in training the gradients of all weights, with the reference in float64.
+        """Compares the logits, and in training the gradient, with the reference in float64.
 
         The engine runs at full length. Since the model is causal, the first tokens do not depend on the others, so the
         reference computes those only. Both take the same routing: in float64 a router may choose differently where two
@@ -128,7 +129,8 @@ class Model:
             actual = outcome(model, self.ids_BN, checked, training, **keywords)
             ids_BS = self.ids_BN[:, :checked]
             expected = outcome(exact, ids_BS, checked, training, head_attention_impl="reference")
-        return largest_error(actual, expected)
+        error = largest_error(actual[:1], expected[:1])
+        return max(error, distance(actual[1:], expected[1:])) if training else error
 
     @torch.no_grad()
     def error_of_decoding(self, engine: str, exact: Any) -> float:
@@ -144,28 +146,37 @@ class Model:
 
     @contextmanager
     def same_routing(self) -> Iterator[Any]:
-        """A copy of the converted model in float64; inside, both take the routing that was recorded just before."""
+        """A copy of the converted model in float64; inside, both take one and the same routing."""
         model = self.converted
         was_training = model.training
         model.eval()
-        with torch.no_grad(), record_routing(model) as log:
-            if self.cache is None:
-                model(self.ids_BN, use_cache=False, logits_to_keep=1)
-            else:
-                decode_step(model, self.ids_BN[:, :1], self.cache)
         exact = copy.deepcopy(model).double()
-        own = {name: router(model, name) for name, _ in log.layers}
+        routings = self.routings()
+        own = {name: router(model, name) for name in routings}
+        checked = slice(None, CHECKED_TOKENS if self.cache is None else None)
         try:
-            for name, routing in log.layers:
+            for name, routing in routings.items():
                 replace_router(model, name, GivenRouting(own[name], routing))
-                first = slice(None, CHECKED_TOKENS)
-                cut = Routing(routing.gates_BNH[:, first].double(), routing.selected_BNH[:, first])
+                cut = Routing(routing.gates_BNH[:, checked], routing.selected_BNH[:, checked])
                 replace_router(exact, name, GivenRouting(router(exact, name), cut))
             yield exact
         finally:
             for name, given in own.items():
                 replace_router(model, name, given)
             model.train(was_training)
+
+    @torch.no_grad()
+    def routings(self) -> dict[str, Routing]:
+        """The routing of every layer: what it was given, or what its router chooses."""
+        routers = {name: module.moh_router for name, module in self.converted.named_modules() if has_router(module)}
+        if self.spec.routing != OWN:
+            return {name: Routing(given.gates_BNH, given.selected_BNH) for name, given in routers.items()}
+        with record_routing(self.converted) as log:
+            if self.cache is None:
+                self.converted(self.ids_BN, use_cache=False, logits_to_keep=1)
+            else:
+                decode_step(self.converted, self.ids_BN[:, :1], self.cache)
+        return dict(log.layers)
 
 
 def load(source: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -223,7 +234,7 @@ def give_routing(model: PreTrainedModel, spec: ModelSpec) -> None:
     """Lets the routers' decisions be replaced by random, skewed or recorded ones."""
     if spec.routing == OWN:
         return
-    names = [name for name, module in model.named_modules() if getattr(module, "moh_router", None) is not None]
+    names = [name for name, module in model.named_modules() if has_router(module)]
     recorded = load_recording(Path(spec.routing)) if spec.routing not in ("random", "skewed") else {}
     for name in names:
         own: Any = router(model, name)
@@ -238,6 +249,11 @@ def give_routing(model: PreTrainedModel, spec: ModelSpec) -> None:
         rows = (spec.batch, -1, -1)
         given = Routing(given.gates_BNH.expand(rows), given.selected_BNH.expand(rows))
         replace_router(model, name, GivenRouting(own, given))
+
+
+def has_router(module: nn.Module) -> bool:
+    """Whether it is an attention module that routes."""
+    return getattr(module, "moh_router", None) is not None
 
 
 def router(model: nn.Module, name: str) -> nn.Module:
@@ -261,10 +277,16 @@ def train_step(model: Any, ids_BN: Tensor, **keywords: str) -> Tensor:
 @torch.no_grad()
 def decode_step(model: Any, ids_B1: Tensor, cache: Any, **keywords: str) -> Any:
     """One token after the cache, which is as long afterwards as before."""
-    length = cache.get_seq_length()
     output = model(ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1, **keywords)
-    cache.crop(length)
+    cache.crop(-1)
     return output
+
+
+def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Length of the difference of two gradients of all weights, relative to the length of the expected one."""
+    difference = sum(float((a.double() - e).square().sum()) for a, e in zip(actual, expected, strict=True))
+    length = sum(float(e.square().sum()) for e in expected)
+    return math.sqrt(difference / length) if math.isfinite(difference) else math.inf
 
 
 def outcome(model: Any, ids_BN: Tensor, checked: int, training: bool, **keywords: str) -> list[Tensor]:

@@ -47,9 +47,10 @@ def race(calls: Sequence[Call], rounds: int, seconds: float) -> list[Times]:
         rounds: how often each is timed.
         seconds: the least time of one measurement of the baseline; short calls are repeated, all equally often.
     """
-    for call in calls:
-        call()
-    repeats = max(1, int(seconds / max(timed(calls[0], 1)[0], 1e-6)))
+    warm_up = [timed(call, 1)[0] for call in calls]
+    repeats = 1
+    if warm_up[0] < 10 * seconds:
+        repeats = max(1, int(seconds / max(timed(calls[0], 1)[0], 1e-6)))
     measured: list[list[tuple[float, float]]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, times in zip(calls, measured, strict=True):

@@ -20,7 +20,7 @@ from mixhead.cli.common import MODEL_HELP, SMOLLM2, TEXT_HELP, console, model_fo
 from mixhead.convert import MoHConfig, store
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import record_routing
-from mixhead.report.speed import plot_speed, speed_table
+from mixhead.report.speed import notes, plot_speed, speed_table
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -204,6 +204,8 @@ def measure(entries: list[runner.Entry], options: runner.Options, json_file: Pat
     except KeyboardInterrupt:
         interrupted = True
     console.print(speed_table(results))
+    for note in notes(results):
+        console.print(note, markup=False, highlight=False)
     reached, wanted = met(results.rows)
     if wanted:
         console.print(f"{reached} of {wanted} figures are reached.")

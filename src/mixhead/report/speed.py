@@ -40,12 +40,22 @@ def speed_table(results: Results) -> Table:
 
 
 def measured_cells(row: Row) -> list[str]:
-    """What was measured, or why nothing was."""
+    """What was measured, or that nothing was."""
     if row.status != OK:
         colour = "red" if row.status == WRONG else "dim"
-        return [f"[{colour}]{row.status}[/{colour}]", row.note.replace("[", r"\["), "", ""]
+        return [f"[{colour}]{row.status}[/{colour}]", "", "", ""]
     memory = "" if row.memory_mib is None else f"{row.memory_mib:,.0f} ({row.dense_memory_mib:,.0f})"
-    return [ratio_text(row.dense), ratio_text(row.gated), f"{row.wall_ms:.3g}", memory]
+    return [ratio_text(row.dense), ratio_text(row.gated), milliseconds(row.wall_ms), memory]
+
+
+def milliseconds(value: float | None) -> str:
+    """Three digits that say something."""
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def notes(results: Results) -> list[str]:
+    """Why some rows were not measured, a line for each engine and reason."""
+    return list(dict.fromkeys(f"{row.engine}: {row.status}, {row.note}" for row in results.rows if row.note))
 
 
 def ratio_text(ratio: Ratio | None) -> str:

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # From how many queries on the kernel is faster than the stock one on all heads and the gating after it, whatever the
 # routing: measured with `mixhead bench core` (1 thread, 16 heads of 64). Fewer queries, as in decoding, fewer keys
 # and narrower heads were slower or not measured.
-MIN_QUERIES = {torch.float32: 16, torch.bfloat16: 192}
+MIN_QUERIES = {torch.float32: 32, torch.bfloat16: 192}
 # torch.compile fuses the gating, so there the stock kernel alone has to be beaten, at 100% of the heads too.
 MIN_QUERIES_COMPILED = {torch.float32: 512, torch.bfloat16: 1024}
 MIN_KEYS = 16
