@@ -66,9 +66,9 @@ class Case:
 
 
 def few_tokens(case: Case) -> Case:
-    """The same case, batch 1 and at most 16 tokens."""
-    keys = None if case.keys is None else min(case.keys, 16)
-    return replace(case, batch=1, tokens=min(case.tokens, 16), keys=keys)
+    """The same case, batch 1 and at most 128 tokens: enough to go through all of an engine's code."""
+    keys = None if case.keys is None else min(case.keys, 128)
+    return replace(case, batch=1, tokens=min(case.tokens, 128), keys=keys)
 
 
 @dataclass(frozen=True)

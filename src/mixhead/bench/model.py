@@ -73,7 +73,7 @@ class ModelSpec:
 
     def small(self) -> ModelSpec:
         """The same on a few tokens."""
-        return replace(self, batch=1, tokens=min(self.tokens, 16))
+        return replace(self, batch=1, tokens=min(self.tokens, 128))
 
 
 class Model:
