@@ -49,6 +49,15 @@ def test_the_largest_measured_size_inside_decides():
     assert table.pays(**{**sizes, "head_dim": 128, "lanes": 512, "groups": 4}, queries=256, keys=256) is True
 
 
+def test_few_queries_say_nothing_about_many():
+    """A step of decoding against a long cache may be more work than a short prompt, and runs through other code."""
+    short, long_cache = replace(SQUARE, ratio=1.5), replace(DECODE, queries=4, keys=4096, ratio=0.5)
+    table = Table((short, long_cache))
+    sizes = {"dtype": "float32", "causal": False, "share": 1.0, "lanes": 16, "groups": 1, "head_dim": 64}
+    assert table.pays(**sizes, queries=4096, keys=4096) is True
+    assert table.pays(**sizes, queries=32, keys=4096) is False
+
+
 def test_in_doubt_dense_attention_is_taken():
     assert not replace(SQUARE, ratio=1.01).pays
     assert replace(SQUARE, ratio=1.05).pays

@@ -28,6 +28,7 @@ MAX_CACHE = 2**24  # numbers in the keys of one point: beyond, caches of the pro
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 CACHED = (64, 256, 1024, 4096)
+FEW = ((1, 1), (1, 4), (4, 1), (4, 4), (16, 1))  # (queries, query heads for each key-value head) against a cache
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,9 @@ def climbs() -> Iterator[Climb]:
                     for causal in (False, True):
                         start = Point(dtype, causal, share, lanes, 1, head_dim, 1, 1, 0.0)
                         yield Climb(tuple(replace(start, queries=n, keys=n) for n in LENGTHS))
-                    for queries in (1, 4):
-                        for groups in (1, 4):
-                            start = Point(dtype, queries > 1, share, lanes, groups, head_dim, queries, 1, 0.0)
-                            yield Climb(tuple(replace(start, keys=keys) for keys in CACHED))
+                    for queries, groups in FEW:
+                        start = Point(dtype, queries > 1, share, lanes, groups, head_dim, queries, 1, 0.0)
+                        yield Climb(tuple(replace(start, keys=keys) for keys in CACHED))
 
 
 def measure_crossover(on_progress: Callable[[int, int], None], budget_s: float = BUDGET_S) -> list[Point]:

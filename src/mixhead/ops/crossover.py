@@ -56,9 +56,9 @@ class Point:
     ratio: float
 
     @property
-    def work(self) -> int:
-        """Products of queries and keys, the measure of size."""
-        return self.lanes * self.queries * self.keys * self.head_dim
+    def size(self) -> tuple[int, ...]:
+        """What orders points by size: queries first, since a kernel for few of them is another than for many."""
+        return self.queries, self.keys * self.lanes * self.head_dim, self.groups
 
     @property
     def pays(self) -> bool:
@@ -79,7 +79,7 @@ class Table:
         """Whether the kernel is faster there; None where nothing as small was measured.
 
         The largest measured point that is no larger in any dimension decides: larger sizes gain at least as much. For
-        the share it is the other way around, since skipped heads are the gain.
+        the share it is the other way around, since skipped heads are the gain: the nearest one above decides.
         """
         inside = [
             p
@@ -94,7 +94,7 @@ class Table:
         ]
         if not inside:
             return None
-        decisive = max(inside, key=lambda p: (p.work, p.groups, -p.share))
+        decisive = max(inside, key=lambda p: (-p.share, p.size))
         return decisive.pays
 
 
