@@ -42,6 +42,12 @@ def seed() -> int:
     return value
 
 
+@pytest.fixture(autouse=True)
+def built_in_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test sees the built-in choice of engines, whatever `mixhead doctor --tune` has measured on this machine."""
+    monkeypatch.setattr("mixhead.ops.crossover.measured", lambda *arguments: None)
+
+
 @dataclass(frozen=True)
 class Golden:
     """One case computed by a published implementation. `tests/golden/README.md` says what each holds."""

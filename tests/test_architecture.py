@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "mixhead"
 
 # From the ground up. A room imports only rooms below it.
-ROOMS = ("routing", "ops", "nn", "models", "interop", "convert", "tasks", "report", "cli")
+ROOMS = ("routing", "ops", "nn", "models", "interop", "convert", "tasks", "bench", "report", "cli")
 
 # Libraries that a room must know nothing of. The ground floor is plain PyTorch: it can be used, tested and
 # compiled without a model library.
@@ -250,6 +250,8 @@ def test_imports_are_found_wherever_they_hide():
         ("convert", "transformers.AutoModel", True),
         ("convert", "mixhead.tasks.data", False),
         ("tasks", "mixhead.report.html", False),
+        ("bench", "mixhead.report.html", False),
+        ("report", "mixhead.bench.results", True),
         ("cli", "mixhead.report.html", True),
         ("cli", "mixhead.__version__", True),
         ("routing", "torch.nn", True),

@@ -11,8 +11,9 @@ import typer
 from rich.table import Table
 
 from mixhead import ops
-from mixhead.cli.common import cache_folder, console
-from mixhead.ops import cpu
+from mixhead.bench.tune import measure_crossover, summary
+from mixhead.cli.common import cache_folder, console, progress_bar
+from mixhead.ops import cpu, crossover
 from mixhead.routing import Routing
 
 REQUIRED = ("torch", "transformers", "safetensors", "accelerate")
@@ -28,11 +29,16 @@ OPTIONAL = {
 
 def doctor(
     build: Annotated[bool, typer.Option("--build", help="Compile the CPU kernel now instead of on first use.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure (2 minutes) from which sizes the CPU kernel is faster here.")
+    ] = False,
 ) -> None:
     """Shows versions, optional packages, the processor, and which attention engine `auto` takes for typical shapes."""
     if build:
         _, reason = cpu.build()
         console.print(f"{reason[:1].upper()}{reason[1:]}.")
+    if tune:
+        measure_and_keep()
     console.print(packages_table())
     threads = torch.get_num_threads()
     console.print(
@@ -42,6 +48,21 @@ def doctor(
     )
     console.print(f"Cache: {cache_folder()}")
     console.print(engines_table())
+
+
+def measure_and_keep() -> None:
+    """Measures the cross-over from dense attention to the kernel, with PyTorch's number of threads, and keeps it."""
+    threads = torch.get_num_threads()
+    with progress_bar(f"Measuring with {threads} threads") as on_progress:
+        points = measure_crossover(on_progress)
+    file = crossover.store(points, threads)
+    table = Table(title="The kernel is taken (16 heads of 64)", title_justify="left")
+    for column in ("where", "from"):
+        table.add_column(column)
+    for where, start in summary(points):
+        table.add_row(where, start)
+    console.print(table)
+    console.print(f"Kept {len(points)} measured points for {threads} threads in {file}.")
 
 
 def packages_table() -> Table:

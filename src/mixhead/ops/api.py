@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.ops import cpu, dense, flex, gathered, reference, slots, triton
+from mixhead.ops import cpu, crossover, dense, flex, gathered, reference, slots, triton
 from mixhead.routing import Routing
 
 
@@ -44,7 +44,7 @@ IMPLEMENTATIONS: dict[str, Attend] = {
     "flex": flex.attend,
 }
 
-# Measured with `benchmarks/attention.py` on CPUs with AVX-512 (table in benchmarks/results): where gathering begins to
+# Measured with `mixhead bench core` on CPUs with AVX-512 (table in benchmarks/results): where gathering begins to
 # beat the stock kernel on all heads, without a mask.
 GATHER_MIN_QUERIES = 512
 GATHER_MAX_SHARE = 0.7
@@ -146,21 +146,23 @@ def explain(
     """Which implementation `impl="auto"` takes for these arguments, and why."""
     if q_BHND.numel() == 0 or k_BKTD.numel() == 0:
         return Choice("reference", "there is nothing to compute: there are no queries or no keys")
+    if q_BHND.device.type != "cpu":
+        return packed(q_BHND, k_BKTD, routing, attn_mask) or explain_device(q_BHND, attn_mask)
+    compiling = torch.compiler.is_compiling()
+    known = None if compiling else crossover.measured(q_BHND, k_BKTD, routing.selected_BNH, causal)
+    basis = "default" if known is None else "measured on this machine"
     # Asked in this order, so that a kernel is only built where it pays.
-    if cpu.pays(q_BHND, k_BKTD) and cpu.refusal(q_BHND, attn_mask) is None:
-        return Choice("cpu", "at this size the C++ kernel is faster than the stock one, whatever the routing")
+    if (cpu.pays(q_BHND, k_BKTD) if known is None else known) and cpu.refusal(q_BHND, attn_mask) is None:
+        return Choice("cpu", f"at this size the C++ kernel is faster than the stock one ({basis})")
     if (choice := packed(q_BHND, k_BKTD, routing, attn_mask)) is not None:
         return choice
-    if q_BHND.device.type != "cpu":
-        return explain_device(q_BHND, attn_mask)
-    if torch.compiler.is_compiling():
+    if compiling:
         return Choice("dense", "torch.compile needs static shapes, and the stock kernel has them")
     if causal or attn_mask is not None:
         return Choice("dense", "under a mask the stock kernel on all heads is faster than gathered queries")
     if q_BHND.shape[2] < GATHER_MIN_QUERIES:
-        return Choice(
-            "dense", f"with {q_BHND.shape[2]} queries (fewer than {GATHER_MIN_QUERIES}) gathering does not pay"
-        )
+        fewer = f"with {q_BHND.shape[2]} queries (fewer than {GATHER_MIN_QUERIES}) gathering does not pay"
+        return Choice("dense", fewer if known is None else f"at this size the stock kernel is faster ({basis})")
     largest_share = float(routing.selected_BNH.float().mean(1).max())
     if largest_share > GATHER_MAX_SHARE:
         return Choice("dense", f"one head is selected by {largest_share:.0%} of the tokens, so gathering does not pay")

@@ -77,6 +77,7 @@ def moh_attention_forward(
     router_hidden_states: Tensor | None = None,
     routing_trace: RoutingTrace | None = None,
     decoder_token_mask_BN: Tensor | None = None,
+    head_attention_impl: str = "auto",
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the selected heads, under the contract of transformers' attention interface.
@@ -93,6 +94,7 @@ def moh_attention_forward(
         router_hidden_states: [B, N, C], from `hand_down_hidden_states`.
         routing_trace: collects the routing.
         decoder_token_mask_BN: bool, False at padding of the decoder, whose cross-attention has no mask to tell it.
+        head_attention_impl: the engine, see `mixhead.ops.head_attention`; given to the model's call as a keyword.
         **kwargs: what else a model passes; refused where it would change the mathematics.
 
     Returns:
@@ -145,6 +147,7 @@ def moh_attention_forward(
         causal=causal,
         scale=scaling,
         attn_mask=attention_mask,
+        impl=head_attention_impl,
     )
     return fill_skipped(out_BHND.transpose(1, 2), routing, module), None
 
