@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# One thread everywhere, so that sums are made in the same order on a laptop and on a large server, and since `make test`
-# runs several tests at a time: threads of two OpenMP teams on one core wait for each other.
+# One thread everywhere, so that sums are made in the same order on a laptop and on a large server, and since
+# `make test` runs two files at a time: threads of two OpenMP teams on one core wait for each other.
 torch.set_num_threads(1)
 
 # The same examples in each run: a red build can be repeated. No deadline: the first call of a kernel is slow.

@@ -186,7 +186,7 @@ def test_far_scores(dtype):
 @pytest.mark.parametrize("scale_of", ["q", "k", "v"])
 @pytest.mark.parametrize("factor", [1e-36, 1e-20, 1e20, 1e35])
 def test_very_small_and_very_large_numbers(scale_of, factor):
-    """Many rows go through sums of bf16 parts, which cannot hold every float: what does not fit has to go another way."""
+    """Many rows go through sums of bf16 parts, which cannot hold every float: the others go another way."""
     q, k, v, gates, selected = make(300, share=0.8)
     tensors = {"q": q, "k": k, "v": v}
     tensors[scale_of] *= factor

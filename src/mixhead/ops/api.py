@@ -208,8 +208,7 @@ def check_arguments(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Rou
     _, kv_heads, keys, _ = k_shape
     if k_shape != (batch, kv_heads, keys, head_dim) or kv_heads == 0 or heads % kv_heads:
         raise MixheadError(
-            f"k_BKTD must be [{batch}, K, T, {head_dim}] with K dividing the {heads} query heads, "
-            f"got {list(k_shape)}."
+            f"k_BKTD must be [{batch}, K, T, {head_dim}] with K dividing the {heads} query heads, got {list(k_shape)}."
         )
     if v_BKTD.shape != k_shape:
         raise MixheadError(f"v_BKTD must have the shape of k_BKTD, {list(k_shape)}, got {list(v_BKTD.shape)}.")

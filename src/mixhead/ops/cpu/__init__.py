@@ -18,8 +18,8 @@ __all__ = ["attend", "available", "best_level", "build", "pays", "refusal"]
 DTYPES = (torch.float32, torch.bfloat16)
 
 # From how many queries on the kernel is faster than the stock one on all heads and the gating after it, whatever the
-# routing: measured with `mixhead bench core` (1 thread, 16 heads of 64). Fewer keys and narrower heads were slower or not
-# measured.
+# routing: measured with `mixhead bench core` (1 thread, 16 heads of 64). Fewer keys and narrower heads were slower or
+# not measured.
 MIN_QUERIES = {torch.float32: 32, torch.bfloat16: 192}
 # And up to how many queries, as in decoding.
 MAX_FEW_QUERIES = {torch.float32: 16, torch.bfloat16: 4}
