@@ -24,11 +24,14 @@ def measured(arguments, tmp_path):
 def test_core_measures_every_combination_and_draws_it(tmp_path, capsys):
     plot = tmp_path / "speed.png"
     options = ["--direction", "forward,backward,decode", "--share", "1 0.5", "--engine", "masked,gathered"]
-    code, rows = measured(["core", *SMALL, *options, "--threads", "1,2", "--plot", str(plot)], tmp_path)
+    table = tmp_path / "speed.md"
+    options += ["--plot", str(plot), "--markdown", str(table)]
+    code, rows = measured(["core", *SMALL, *options, "--threads", "1,2"], tmp_path)
     assert code == 0
     assert len(rows) == 3 * 2 * 2 * 2 and all(row["status"] == "ok" for row in rows)
     assert {row["threads"] for row in rows} == {1, 2}
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "| forward, 1 x 33, bidirectional, 4 heads of 8 | float32 | 1 | masked |" in table.read_text()
     assert "gathered" in capsys.readouterr().out
 
 

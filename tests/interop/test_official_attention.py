@@ -11,8 +11,11 @@ from mixhead.ops import IMPLEMENTATIONS
 CASES = [f"moh_dit_attention_{i}" for i in range(5)]
 OUTPUT, GRADIENT = {"rtol": 0, "atol": 1e-5}, {"rtol": 0, "atol": 1e-4}
 
+# The others refuse some of these cases; tests/ops has them.
+ENGINES = ["auto", *(name for name in IMPLEMENTATIONS if name not in ("slots", "triton", "flex"))]
 
-@pytest.mark.parametrize("impl", ["auto", *IMPLEMENTATIONS])
+
+@pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("name", CASES)
 def test_golden_case(golden, name, impl):
     case = golden(name)

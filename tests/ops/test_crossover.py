@@ -12,7 +12,7 @@ from mixhead.ops import cpu, crossover, explain
 from mixhead.ops.crossover import Point, Table
 from mixhead.routing import Routing
 
-THREADS = 2
+THREADS = torch.get_num_threads()
 SQUARE = Point("float32", False, 1.0, 16, 1, 64, 64, 64, 0.8)
 DECODE = Point("float32", False, 1.0, 16, 1, 64, 1, 1024, 0.9)
 

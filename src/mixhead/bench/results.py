@@ -44,7 +44,8 @@ class Row:
         wall_ms: milliseconds of one run.
         cpu_ms: the same in CPU time of all threads.
         memory_mib: what a run adds to the memory at its peak; `dense_memory_mib` is the dense baseline's.
-        required: what a ratio has to reach; `reached` says whether it does.
+        required: what a ratio has to reach, `gated` where `required_of_gated` and else `dense`; `reached` says whether
+            it does.
     """
 
     subject: str
@@ -65,7 +66,13 @@ class Row:
     memory_mib: float | None = None
     dense_memory_mib: float | None = None
     required: float | None = None
+    required_of_gated: bool = False
     reached: bool | None = None
+
+    @property
+    def judged(self) -> Ratio | None:
+        """The ratio that counts."""
+        return self.gated if self.required_of_gated else self.dense
 
 
 @dataclass

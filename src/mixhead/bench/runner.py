@@ -103,7 +103,7 @@ def measure(subject: Subject, entry: Entry, options: Options) -> Row:
     spec = entry.spec
     row = Row(
         spec.subject, spec.direction, spec.title, spec.dtype, spec.routing, spec.share, entry.threads, entry.engine,
-        required=entry.required,
+        required=entry.required, required_of_gated=entry.required_of_gated,
     )  # fmt: skip
     try:
         error = subject.error(entry.engine)
@@ -126,7 +126,7 @@ def measure(subject: Subject, entry: Entry, options: Options) -> Row:
     )
     if entry.required is None:
         return row
-    counts = row.gated if entry.required_of_gated else row.dense
+    counts = row.judged
     assert counts is not None
     # With one thread CPU time is the steadier clock; with several, only the wall shows what they gain.
     return replace(row, reached=(counts.cpu if entry.threads == 1 else counts.wall) >= entry.required)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -14,13 +15,13 @@ import typer
 from mixhead.bench import cases, model, routings, runner
 from mixhead.bench.core import CoreSpec
 from mixhead.bench.module import ModuleSpec
-from mixhead.bench.results import Results, Row, met
+from mixhead.bench.results import Results, Row, met, write_whole
 from mixhead.bench.subject import Spec, engines_to_time
 from mixhead.cli.common import MODEL_HELP, SMOLLM2, TEXT_HELP, console, model_folder, progress_bar, windows_of
 from mixhead.convert import MoHConfig, store
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import record_routing
-from mixhead.report.speed import notes, plot_speed, speed_table
+from mixhead.report.speed import notes, plot_speed, speed_markdown, speed_table
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -37,6 +38,7 @@ Seconds = Annotated[float, typer.Option(min=0.0, help="Least time of one measure
 Memory = Annotated[bool, typer.Option(help="Measure peak memory too, each in a process of its own.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all that is measured to this file, row by row.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the ratios into this PNG file.")]
+Markdown = Annotated[Path | None, typer.Option(help="Write a table for a document into this file.")]
 Tokens = Annotated[str, typer.Option(help="Tokens; cached keys in decode.")]
 Batch = Annotated[str, typer.Option(help="Batch sizes.")]
 Heads = Annotated[int, typer.Option(min=1, help="Query heads.")]
@@ -72,6 +74,7 @@ def core(
     memory: Memory = True,
     json_file: Json = None,
     plot: Plot = None,
+    markdown: Markdown = None,
 ) -> None:
     """`head_attention` against dense attention on all heads.
 
@@ -93,7 +96,7 @@ def core(
             for part in many(share, share_of_heads)
         ]
         entries = list(runner.entries_of_specs(specs, engines, counts))
-    measure(entries, runner.Options(rounds, seconds, memory), json_file, plot)
+    measure(entries, runner.Options(rounds, seconds, memory), Files(json_file, plot, markdown))
 
 
 @app.command("module")
@@ -115,6 +118,7 @@ def module(
     memory: Memory = True,
     json_file: Json = None,
     plot: Plot = None,
+    markdown: Markdown = None,
 ) -> None:
     """`MixtureOfHeadAttention` against the same projections around dense attention, without a router."""
     shape = cases.Case(heads=heads, kv_heads=kv_heads or heads, head_dim=head_dim)
@@ -126,7 +130,7 @@ def module(
         for part in many(share, share_of_heads)
     ]
     entries = runner.entries_of_specs(specs, many(engine, str) or engines_to_time(), many(threads, positive))
-    measure(list(entries), runner.Options(rounds, seconds, memory), json_file, plot)
+    measure(list(entries), runner.Options(rounds, seconds, memory), Files(json_file, plot, markdown))
 
 
 @app.command("model")
@@ -152,6 +156,7 @@ def whole_model(
     memory: Memory = True,
     json_file: Json = None,
     plot: Plot = None,
+    markdown: Markdown = None,
 ) -> None:
     """A causal language model, converted, against its dense self with the same weights.
 
@@ -167,7 +172,7 @@ def whole_model(
         for kind in many(dtype, str)
     ]
     entries = list(runner.entries_of_specs(specs, many(engine, str), many(threads, positive)))
-    measure(entries, runner.Options(rounds, seconds, memory), json_file, plot)
+    measure(entries, runner.Options(rounds, seconds, memory), Files(json_file, plot, markdown))
 
 
 @app.command("record")
@@ -186,7 +191,16 @@ def record(
     console.print(f"Wrote {out}: {len(log.layers)} layers, {windows_WT.shape[1]:,} tokens.")
 
 
-def measure(entries: list[runner.Entry], options: runner.Options, json_file: Path | None, plot: Path | None) -> None:
+@dataclass(frozen=True)
+class Files:
+    """Where results are written, if anywhere."""
+
+    json: Path | None
+    plot: Path | None
+    markdown: Path | None
+
+
+def measure(entries: list[runner.Entry], options: runner.Options, files: Files) -> None:
     """Measures and prints; ends with code 1 where a result was wrong, and 130 after Ctrl-C, which keeps the rows."""
     if not entries:
         raise MixheadError("Nothing fits that description, so nothing was measured.")
@@ -195,8 +209,8 @@ def measure(entries: list[runner.Entry], options: runner.Options, json_file: Pat
 
     def keep(row: Row) -> None:
         results.rows.append(row)
-        if json_file is not None:
-            results.write(json_file)
+        if files.json is not None:
+            results.write(files.json)
 
     try:
         with progress_bar("Measuring") as on_progress:
@@ -209,8 +223,10 @@ def measure(entries: list[runner.Entry], options: runner.Options, json_file: Pat
     reached, wanted = met(results.rows)
     if wanted:
         console.print(f"{reached} of {wanted} figures are reached.")
-    if plot is not None and any(row.dense for row in results.rows):
-        plot_speed(results, plot)
+    if files.plot is not None and any(row.dense for row in results.rows):
+        plot_speed(results, files.plot)
+    if files.markdown is not None:
+        write_whole(files.markdown, speed_markdown(results))
     if interrupted:
         console.print(f"Interrupted after {len(results.rows)} of {len(entries)} rows.")
         raise typer.Exit(130)

@@ -39,4 +39,4 @@ def attend(
     if out_BHND.requires_grad or gates_BNH.requires_grad:
         return torch.where(selected_BHN1, out_BHND * gates_BHN1, 0.0)
     # In place: without a gradient two copies less.
-    return out_BHND.masked_fill_(~selected_BHN1, 0.0).mul_(gates_BHN1)
+    return out_BHND.mul_(gates_BHN1).masked_fill_(~selected_BHN1, 0.0)

@@ -71,6 +71,45 @@ def required_cell(row: Row) -> str:
     return f"{row.required:.2f}{verdict}"
 
 
+def speed_markdown(results: Results) -> str:
+    """The results for a document: a line for each case and engine, a column for each share of the heads.
+
+    A cell is how many times faster than dense attention (CPU time with one thread, else the wall clock), what was to be
+    reached where that was missed, and the milliseconds of one run.
+    """
+    shares = sorted({row.share for row in results.rows}, reverse=True)
+    lines: dict[tuple[str, ...], dict[float, Row]] = {}
+    for row in results.rows:
+        routing = "" if row.routing == "random" else f", {Path(row.routing).name} routing"
+        name = f"{row.direction}, {row.case}{routing}"
+        lines.setdefault((name, row.dtype, str(row.threads), row.engine), {})[row.share] = row
+    machine = results.machine
+    text = [
+        f"`{results.command}`",
+        "",
+        ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in machine.items())
+        + f", rounds: {results.rounds}",
+        "",
+        "| case | dtype | threads | engine |" + "".join(f" {share:.0%} of heads |" for share in shares),
+        "|---|---|---|---|" + "---:|" * len(shares),
+    ]
+    for key, cells in lines.items():
+        text.append(f"| {' | '.join(key)} |" + "".join(f" {markdown_cell(cells.get(share))} |" for share in shares))
+    text += ["", *(f"- {note}" for note in notes(results))]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def markdown_cell(row: Row | None) -> str:
+    """Ratio, what was missed, milliseconds."""
+    if row is None:
+        return ""
+    if row.status != OK or row.judged is None:
+        return row.status
+    value, took = (row.judged.wall, row.wall_ms) if row.threads > 1 else (row.judged.cpu, row.cpu_ms)
+    missed = f" (missed: {row.required:.2f})" if row.reached is False else ""
+    return f"{value:.2f}{missed}, {milliseconds(took)} ms"
+
+
 def plot_speed(results: Results, file: Path) -> None:
     """A bar for every row: how many times faster than dense, by CPU time with one thread, else by the wall clock."""
     rows = [row for row in results.rows if row.dense is not None]
