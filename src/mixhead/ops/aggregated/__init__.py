@@ -1,0 +1,5 @@
+"""Aggregated attention: a local window and pooled keys under one softmax."""
+
+from mixhead.ops.aggregated.api import AGGREGATED_IMPLEMENTATIONS, aggregated_attention
+
+__all__ = ["AGGREGATED_IMPLEMENTATIONS", "aggregated_attention"]
