@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.ops.aggregated import portable, reference
+from mixhead.ops.aggregated import cpu, portable, reference
 from mixhead.ops.aggregated.arguments import AggregatedArguments
 from mixhead.routing import Routing
 
@@ -25,6 +25,7 @@ class Aggregate(Protocol):
 AGGREGATED_IMPLEMENTATIONS: dict[str, Aggregate] = {
     "reference": reference.attend,
     "portable": portable.attend,
+    "cpu": cpu.attend,
 }
 
 
@@ -85,9 +86,11 @@ def aggregated_attention(
     )  # fmt: skip
     arguments.check()
     if impl == "auto":
-        impl = "portable"
+        impl = "cpu"
     if impl not in AGGREGATED_IMPLEMENTATIONS:
         raise MixheadError(
             f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(AGGREGATED_IMPLEMENTATIONS)}."
         )
+    if impl == "cpu" and cpu.refusal(arguments):
+        impl = "portable"
     return AGGREGATED_IMPLEMENTATIONS[impl](arguments)

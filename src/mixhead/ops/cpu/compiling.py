@@ -165,7 +165,7 @@ def compile_command(level: str) -> list[str]:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         *(LEVELS[level] if platform.machine().lower() in ("x86_64", "amd64") else ()),
         f"-I{home / 'include'}",
-        str(SOURCES / "operator.cpp"),
+        *(str(file) for file in sorted(SOURCES.glob("*.cpp"))),
         f"-L{home / 'lib'}",
         "-ltorch_cpu",
         "-lc10",
