@@ -64,18 +64,25 @@ def test_weights_that_do_not_fit_are_named(golden):
         from_official("moh_vit", {k: v for k, v in case.config.items() if k != "depths"}, weights)
 
 
-def test_the_model_owns_its_weights_in_their_dtype(golden):
+def test_the_model_owns_its_weights(golden):
     case = golden("moh_vit_model")
-    weights = {name: tensor.double() for name, tensor in case.state_dict.items()}
+    weights = case.state_dict
     model = from_official("moh_vit", case.config, weights)
-    x = case["x"][:1].double()
-    before = model(x).logits
+    before = model(case["x"]).logits
     for tensor in weights.values():
         tensor.zero_()
-    assert before.dtype == torch.float64
-    assert model(x).logits.equal(before)
+    assert model(case["x"]).logits.equal(before)
     assert all(p.requires_grad for p in model.parameters())
     assert not model.training
+
+
+def test_weights_keep_their_dtype(golden):
+    case = golden("moh_vit_model")
+    for dtype in (torch.float64, torch.bfloat16):
+        weights = {name: tensor.to(dtype) for name, tensor in case.state_dict.items()}
+        assert {p.dtype for p in from_official("moh_vit", case.config, weights).parameters()} == {dtype}
+    weights["head.bias"] = weights["head.bias"].float()
+    assert {p.dtype for p in from_official("moh_vit", case.config, weights).parameters()} == {torch.float32}
 
 
 # ----------------------------------------------------------------------------------- published training checkpoints

@@ -7,9 +7,20 @@ import torch
 
 from mixhead import Routing
 from mixhead.errors import MixheadError
-from mixhead.ops import AGGREGATED_IMPLEMENTATIONS, aggregated_attention
+from mixhead.ops import AGGREGATED_IMPLEMENTATIONS, RelativeBias
+from mixhead.ops import aggregated_attention as operator
 
 FAST = [name for name in AGGREGATED_IMPLEMENTATIONS if name != "reference"]
+
+
+def aggregated_attention(*args, pool_bias, size, **kwargs):
+    """The operator with the table of `pool_bias` alone: which entry belongs to which pair is made up here."""
+    generator = torch.Generator().manual_seed(1)
+    pooled = (args[3] if args else kwargs["k_BHTD"]).shape[-2]
+    keys = next(u for u in range(math.isqrt(pooled), 0, -1) if pooled % u == 0)
+    row_YU = torch.randint(pool_bias.shape[1], (size[0], keys), generator=generator)
+    column_XV = torch.randint(pool_bias.shape[2], (size[1], pooled // keys), generator=generator)
+    return operator(*args, pool_bias=RelativeBias(pool_bias, row_YU, column_XV), size=size, **kwargs)
 
 
 def inputs(size=(7, 9), heads=3, dim=24, pooled=6, batch=2, window=3, dtype=torch.float32, requires_grad=False):
@@ -24,11 +35,11 @@ def inputs(size=(7, 9), heads=3, dim=24, pooled=6, batch=2, window=3, dtype=torc
         "query_embedding_HD": (heads, dim),
         "temperature_H": (heads,),
         "local_bias_HL": (heads, window**2),
-        "pool_bias_HNT": (heads, tokens, pooled),
         "learnable_tokens_HDL": (heads, dim, window**2),
         "learnable_bias_HL": (heads, window**2),
     }
     tensors = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    tensors["pool_bias"] = torch.randn(heads, 5, 4, dtype=torch.float64)
     tensors["temperature_H"] = tensors["temperature_H"].exp()
     return {name: t.to(dtype).requires_grad_(requires_grad) for name, t in tensors.items()}
 
@@ -146,13 +157,13 @@ def test_a_window_in_a_corner_by_hand():
     q = torch.tensor([2.0, -3.0]).view(1, 1, 2, 1)
     k = torch.tensor([5.0, -1.0]).view(1, 1, 2, 1)
     v = torch.tensor([10.0, 20.0]).view(1, 1, 2, 1)
-    out = aggregated_attention(
+    out = operator(
         q, k, v, torch.tensor(-4.0).view(1, 1, 1, 1), torch.tensor(40.0).view(1, 1, 1, 1), None,
         size=(1, 2),
         query_embedding_HD=torch.tensor([[0.5]]),
         temperature_H=torch.tensor([2.0]),
         local_bias_HL=torch.arange(9.0).view(1, 9) / 10,
-        pool_bias_HNT=torch.tensor([[[0.3], [0.7]]]),
+        pool_bias=RelativeBias(torch.tensor([[[0.7, 0.3]]]), torch.tensor([[0]]), torch.tensor([[1], [0]])),
         learnable_tokens_HDL=torch.arange(9.0).view(1, 1, 9),
         learnable_bias_HL=torch.full((1, 9), 0.25),
         impl="reference",
@@ -176,9 +187,25 @@ def test_a_window_in_a_corner_by_hand():
         ({"local_bias_HL": torch.zeros(3, 4)}, "4 window positions, but that must be 1, 9, 25"),
         ({"q_BHND": torch.zeros(3, 63, 24)}, "must have 4 dimensions"),
         ({"routing": Routing.from_gates(torch.ones(2, 63, 4))}, r"gates_BNH must be \[2, 63, 3\]"),
+        ({"pool_bias": torch.zeros(2, 5, 4)}, r"table of pool_bias must be \[3, R, S\], got \[2, 5, 4\]"),
         ({"impl": "unfolded"}, "impl='unfolded' is unknown: choose 'auto' or one of reference"),
     ],
 )
 def test_arguments_that_do_not_fit(change, sentence):
     with pytest.raises(MixheadError, match=sentence):
         aggregated_attention(**{**inputs(), "routing": None, "size": (7, 9), **change})
+
+
+def test_indices_of_the_pool_bias_that_do_not_fit():
+    arguments = inputs()
+    table = arguments.pop("pool_bias")
+
+    def call(rows, columns):
+        bias = RelativeBias(table, torch.zeros(rows, dtype=torch.long), torch.zeros(columns, dtype=torch.long))
+        return operator(**arguments, routing=None, size=(7, 9), pool_bias=bias)
+
+    assert call((7, 2), (9, 3)).shape == (2, 3, 63, 24)
+    with pytest.raises(MixheadError, match=r"must be \[7, U\] and \[9, V\], got \[9, 2\] and \[7, 3\]"):
+        call((9, 2), (7, 3))
+    with pytest.raises(MixheadError, match="pool_bias is for 2 x 2 pooled keys, but there are 6"):
+        call((7, 2), (9, 2))

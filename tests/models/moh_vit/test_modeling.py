@@ -11,6 +11,9 @@ import mixhead
 from mixhead.errors import MixheadError
 from mixhead.models.moh_vit import MoHViTConfig, MoHViTForImageClassification
 from mixhead.models.moh_vit.positions import relative_positions
+from mixhead.ops import RelativeBias
+
+CPU = torch.device("cpu")
 
 TINY = {
     "image_size": 64,
@@ -59,13 +62,18 @@ def test_what_is_no_image_is_refused(model):
         model(torch.randn(1, 3, 64, 31))
 
 
+def vertical_distances(positions) -> torch.Tensor:
+    """The vertical distance of every pair, as if it were a bias."""
+    table_1RS = positions.distances_RS2[..., 0].unsqueeze(0)
+    return RelativeBias(table_1RS, positions.row_YU, positions.column_XV).pairs_HNT()
+
+
 def test_positions_of_another_size_keep_the_trained_scale():
     """At twice the trained size the pairs that lie inside one quarter have the distances that they had."""
-    trained = relative_positions((8, 8), (2, 2), (8, 8))
-    larger = relative_positions((16, 8), (4, 2), (8, 8))
-    bias_RS1 = trained.distances_RS2[..., :1]
-    before = trained.spread(bias_RS1).view(8, 8, 2, 2)
-    after = larger.spread(larger.distances_RS2[..., :1]).view(16, 8, 4, 2)
+    trained = relative_positions((8, 8), (2, 2), (8, 8), CPU)
+    larger = relative_positions((16, 8), (4, 2), (8, 8), CPU)
+    before = vertical_distances(trained).view(8, 8, 2, 2)
+    after = vertical_distances(larger).view(16, 8, 4, 2)
     torch.testing.assert_close(after[:8, :, :2], before)
     # Vertical distance of the first query and the last pooled key, 0 - (1.5 + 8) or 4 tokens, on the logarithmic scale.
     expected = -torch.log2(torch.tensor(5.5 / 7 * 8 + 1)) / 3
@@ -73,7 +81,7 @@ def test_positions_of_another_size_keep_the_trained_scale():
 
 
 def test_positions_where_the_trained_map_is_one_token():
-    assert relative_positions((2, 3), (2, 3), (1, 1)).distances_RS2.isfinite().all()
+    assert relative_positions((2, 3), (2, 3), (1, 1), CPU).distances_RS2.isfinite().all()
 
 
 def test_routing_is_returned_as_asked_for(model):
@@ -186,6 +194,22 @@ def test_positions_are_not_in_the_state_dict(model):
     other(torch.randn(1, 3, 96, 32))
     assert other.state_dict().keys() == before
     assert not list(other.named_buffers())
+
+
+def test_kept_position_biases_follow_the_weights():
+    """Without gradients the biases are kept; a change of the weights that leaves no trace is noticed all the same."""
+    model, x = tiny().eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x).logits
+        assert model(x).logits.equal(before)
+        other = model(x[..., :32]).logits
+        weight = model.vit.stages[0].blocks[0].attention.position_bias.fc2.weight
+        weight.data.mul_(-300.0)
+        changed = model(x).logits
+    assert not changed.equal(before)
+    torch.testing.assert_close(changed, model(x).logits)  # with gradients nothing is kept
+    with torch.inference_mode():
+        assert not model(x[..., :32]).logits.equal(other)
 
 
 def test_bfloat16_and_autocast_stay_close(model):

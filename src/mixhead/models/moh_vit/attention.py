@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.moh_vit.positions import RelativePositions, Size
-from mixhead.ops import aggregated_attention, head_attention
+from mixhead.ops import RelativeBias, aggregated_attention, head_attention
 from mixhead.routing import Routing, TwoStageRouter
 
 POSITION_WIDTH = 512
@@ -30,10 +30,23 @@ class PositionBias(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(2, POSITION_WIDTH)
         self.fc2 = nn.Linear(POSITION_WIDTH, num_heads)
+        self._known: tuple[RelativePositions, list[Tensor], Tensor] | None = None
 
-    def forward(self, positions: RelativePositions) -> Tensor:
-        """The bias of every pair, [H, N, T]."""
-        return positions.spread(self.fc2(F.relu(self.fc1(positions.distances_RS2.to(self.fc1.weight.dtype)))))
+    def forward(self, positions: RelativePositions) -> RelativeBias:
+        """The bias of every pair of a query and a key."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return RelativeBias(self.table(positions), positions.row_YU, positions.column_XV)
+        # Without gradients the last table is kept, with a copy of the weights that made it: they tell for certain,
+        # however they were changed, whether it still holds.
+        weights = list(self.parameters())
+        if self._known is None or self._known[0] is not positions or not same_tensors(self._known[1], weights):
+            self._known = positions, [weight.clone() for weight in weights], self.table(positions)
+        return RelativeBias(self._known[2], positions.row_YU, positions.column_XV)
+
+    def table(self, positions: RelativePositions) -> Tensor:
+        """The bias of every distance, [H, R, S]."""
+        bias_RSH = self.fc2(F.relu(self.fc1(positions.distances_RS2.to(self.fc1.weight.dtype))))
+        return bias_RSH.permute(2, 0, 1).contiguous()
 
 
 class CosineAttention(nn.Module):
@@ -120,7 +133,7 @@ class AggregatedAttention(CosineAttention):
             query_embedding_HD=self.query_embedding,
             temperature_H=F.softplus(self.temperature),
             local_bias_HL=self.local_bias,
-            pool_bias_HNT=self.position_bias(positions),
+            pool_bias=self.position_bias(positions),
             learnable_tokens_HDL=self.learnable_tokens,
             learnable_bias_HL=self.learnable_bias,
         )
@@ -160,7 +173,7 @@ class GlobalAttention(CosineAttention):
         q_BHND, k_BHND, v_BHND = self.split_heads(self.qkv_proj(hidden_BNC)).chunk(3, dim=1)
         factor_H11 = F.softplus(self.temperature).view(-1, 1, 1) * math.log(hidden_BNC.shape[1])
         q_BHND = (F.normalize(q_BHND, dim=-1) + self.query_embedding.unsqueeze(1)) * factor_H11
-        bias_1HNT = self.position_bias(positions).unsqueeze(0)
+        bias_1HNT = self.position_bias(positions).pairs_HNT().unsqueeze(0)
         heads_BHND = head_attention(
             q_BHND.to(v_BHND.dtype),
             F.normalize(k_BHND, dim=-1).to(v_BHND.dtype),
@@ -170,6 +183,11 @@ class GlobalAttention(CosineAttention):
             attn_mask=bias_1HNT,
         )
         return self.join_heads(heads_BHND), routing
+
+
+def same_tensors(some: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether two lists hold the same numbers, in the same dtypes and on the same devices."""
+    return all(a.dtype == b.dtype and a.device == b.device and a.equal(b) for a, b in zip(some, others, strict=True))
 
 
 def all_heads(v_BHND: Tensor) -> Routing:

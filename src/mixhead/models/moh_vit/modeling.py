@@ -128,7 +128,7 @@ class Stage(nn.Module):
     def forward(self, map_BCYX: Tensor) -> tuple[Tensor, list[Routing]]:
         hidden_BNC, size = self.embed(map_BCYX)
         pooled = (max(size[0] // self.pool_ratio, 1), max(size[1] // self.pool_ratio, 1))
-        positions = relative_positions(size, pooled, self.trained).to(hidden_BNC.device)
+        positions = relative_positions(size, pooled, self.trained, hidden_BNC.device)
         routings = []
         for block in self.blocks:
             hidden_BNC, routing = block(hidden_BNC, size, pooled, positions)

@@ -24,8 +24,6 @@ RANGE = 8.0
 class RelativePositions:
     """The different distances between queries and keys, and which of them each pair has.
 
-    The two axes are independent, so that a pair's distance is a row of one short table and a column of another.
-
     Attributes:
         distances_RS2: float32, the vertical and horizontal distance of every combination, on the logarithmic scale.
         row_YU: int64, index of the vertical distance.
@@ -36,27 +34,14 @@ class RelativePositions:
     row_YU: Tensor
     column_XV: Tensor
 
-    def to(self, device: torch.device) -> RelativePositions:
-        """The same on a device."""
-        return RelativePositions(self.distances_RS2.to(device), self.row_YU.to(device), self.column_XV.to(device))
-
-    def spread(self, bias_RSH: Tensor) -> Tensor:
-        """Biases of distances -> biases of pairs: [R, S, H] -> [H, Y * X, U * V]."""
-        (queries_y, keys_u), (queries_x, keys_v) = self.row_YU.shape, self.column_XV.shape
-        bias_HRS = bias_RSH.permute(2, 0, 1)
-        rows = bias_HRS.index_select(1, self.row_YU.flatten())
-        pairs = rows.index_select(2, self.column_XV.flatten())
-        pairs = pairs.view(-1, queries_y, keys_u, queries_x, keys_v).transpose(2, 3)
-        return pairs.reshape(-1, queries_y * queries_x, keys_u * keys_v)
-
 
 @functools.lru_cache(maxsize=32)
-def relative_positions(queries: Size, keys: Size, trained: Size) -> RelativePositions:
+def relative_positions(queries: Size, keys: Size, trained: Size, device: torch.device) -> RelativePositions:
     """Positions for a map of queries, the map of pooled keys over it, and the map that the model was trained on."""
     row_R, row_YU = axis(queries[0], keys[0], trained[0])
     column_S, column_XV = axis(queries[1], keys[1], trained[1])
     grid_RS2 = torch.stack(torch.meshgrid(row_R, column_S, indexing="ij"), -1)
-    return RelativePositions(grid_RS2, row_YU, column_XV)
+    return RelativePositions(grid_RS2.to(device), row_YU.to(device), column_XV.to(device))
 
 
 def axis(queries: int, keys: int, trained: int) -> tuple[Tensor, Tensor]:

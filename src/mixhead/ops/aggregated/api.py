@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixhead.errors import MixheadError
 from mixhead.ops.aggregated import cpu, portable, reference
-from mixhead.ops.aggregated.arguments import AggregatedArguments
+from mixhead.ops.aggregated.arguments import AggregatedArguments, RelativeBias
 from mixhead.routing import Routing
 
 
@@ -41,7 +41,7 @@ def aggregated_attention(
     query_embedding_HD: Tensor,
     temperature_H: Tensor,
     local_bias_HL: Tensor,
-    pool_bias_HNT: Tensor,
+    pool_bias: RelativeBias,
     learnable_tokens_HDL: Tensor,
     learnable_bias_HL: Tensor,
     impl: str = "auto",
@@ -67,7 +67,7 @@ def aggregated_attention(
         query_embedding_HD: added to unit queries.
         temperature_H: positive.
         local_bias_HL: added to the scores of the window.
-        pool_bias_HNT: added to the scores of the pooled keys.
+        pool_bias: added to the scores of the pooled keys.
         learnable_tokens_HDL: see above.
         learnable_bias_HL: see above.
         impl: "auto" or one of `AGGREGATED_IMPLEMENTATIONS`.
@@ -82,7 +82,7 @@ def aggregated_attention(
     selected_BNH = None if routing is None else routing.selected_BNH
     arguments = AggregatedArguments(
         q_BHND, k_BHND, v_BHND, k_BHTD, v_BHTD, gates_BNH, selected_BNH, size, query_embedding_HD, temperature_H,
-        local_bias_HL, pool_bias_HNT, learnable_tokens_HDL, learnable_bias_HL,
+        local_bias_HL, pool_bias, learnable_tokens_HDL, learnable_bias_HL,
     )  # fmt: skip
     arguments.check()
     if impl == "auto":

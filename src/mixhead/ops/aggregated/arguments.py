@@ -13,6 +13,31 @@ from mixhead.errors import MixheadError
 
 
 @dataclass(frozen=True, eq=False)
+class RelativeBias:
+    """Biases of pairs of queries and pooled keys that depend on their distance along both axes of the map.
+
+    The axes are independent, so that a pair's bias lies in one row and one column of a short table.
+
+    Attributes:
+        table_HRS: the bias of every combination of a vertical and a horizontal distance.
+        row_YU: int64, which row of the table belongs to a row of queries and a row of pooled keys.
+        column_XV: int64, the same for columns. T = U * V.
+    """
+
+    table_HRS: Tensor
+    row_YU: Tensor
+    column_XV: Tensor
+
+    def pairs_HNT(self) -> Tensor:
+        """The bias of every pair, [H, Y * X, U * V]."""
+        (queries_y, keys_u), (queries_x, keys_v) = self.row_YU.shape, self.column_XV.shape
+        rows = self.table_HRS.index_select(1, self.row_YU.flatten())
+        pairs = rows.index_select(2, self.column_XV.flatten())
+        pairs = pairs.view(-1, queries_y, keys_u, queries_x, keys_v).transpose(2, 3)
+        return pairs.reshape(-1, queries_y * queries_x, keys_u * keys_v)
+
+
+@dataclass(frozen=True, eq=False)
 class AggregatedArguments:
     """See `aggregated_attention`; gates and selection are None where every head has the gate 1."""
 
@@ -27,7 +52,7 @@ class AggregatedArguments:
     query_embedding_HD: Tensor
     temperature_H: Tensor
     local_bias_HL: Tensor
-    pool_bias_HNT: Tensor
+    pool_bias: RelativeBias
     learnable_tokens_HDL: Tensor
     learnable_bias_HL: Tensor
 
@@ -59,7 +84,6 @@ class AggregatedArguments:
             "query_embedding_HD": (heads, head_dim),
             "temperature_H": (heads,),
             "local_bias_HL": (heads, window),
-            "pool_bias_HNT": (heads, queries, keys),
             "learnable_tokens_HDL": (heads, head_dim, window),
             "learnable_bias_HL": (heads, window),
         }
@@ -67,6 +91,20 @@ class AggregatedArguments:
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape != shape:
                 raise MixheadError(f"{name} must be {list(shape)}, got {list(tensor.shape)}.")
+        self._check_pool_bias(heads, keys)
+
+    def _check_pool_bias(self, heads: int, keys: int) -> None:
+        bias = self.pool_bias
+        if bias.table_HRS.dim() != 3 or bias.table_HRS.shape[0] != heads:
+            raise MixheadError(f"The table of pool_bias must be [{heads}, R, S], got {list(bias.table_HRS.shape)}.")
+        shapes = bias.row_YU.shape, bias.column_XV.shape
+        if [len(shape) for shape in shapes] != [2, 2] or (shapes[0][0], shapes[1][0]) != self.size:
+            raise MixheadError(
+                f"row_YU and column_XV of pool_bias must be [{self.size[0]}, U] and [{self.size[1]}, V], got "
+                f"{list(shapes[0])} and {list(shapes[1])}."
+            )
+        if shapes[0][1] * shapes[1][1] != keys:
+            raise MixheadError(f"pool_bias is for {shapes[0][1]} x {shapes[1][1]} pooled keys, but there are {keys}.")
 
     def unit_queries_BHND(self) -> Tensor:
         """u(q)."""

@@ -21,9 +21,10 @@ MAX_WINDOW = 7
 
 INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor pool_k, Tensor pool_v, Tensor? gates, Tensor? selected, int rows,"
-    " Tensor embedding, Tensor temperature, Tensor local_bias, Tensor pool_bias, Tensor tokens, Tensor learnable_bias"
+    " Tensor embedding, Tensor temperature, Tensor local_bias, Tensor pool_bias, Tensor tokens, Tensor learnable_bias,"
+    " Tensor row_index, Tensor column_index"
 )
-ROWS, GATES, NUM_INPUTS = 7, 5, 14
+ROWS, GATES, NUM_INPUTS = 7, 5, 16
 
 torch.library.define("mixhead::aggregate_cpu", f"({INPUTS}) -> (Tensor output, Tensor statistics)")
 torch.library.define("mixhead::aggregate_cpu_backward", f"(Tensor grad, {INPUTS}, Tensor statistics) -> Tensor[]")
@@ -38,8 +39,10 @@ def attend(a: AggregatedArguments) -> Tensor:
         gates_BNH,
         selected_BNH,
         a.size[0],
-        *(t.float() for t in (a.query_embedding_HD, a.temperature_H, a.local_bias_HL, a.pool_bias_HNT)),
+        *(t.float() for t in (a.query_embedding_HD, a.temperature_H, a.local_bias_HL, a.pool_bias.table_HRS)),
         *(t.float() for t in (a.learnable_tokens_HDL, a.learnable_bias_HL)),
+        a.pool_bias.row_YU,
+        a.pool_bias.column_XV,
     )
     return out_BHND.to(a.v_BHND.dtype)
 
@@ -80,7 +83,7 @@ def backward_fake(grad: Tensor, *inputs: Any) -> list[Tensor]:
     """Shapes and strides of the gradients."""
     gates = inputs[GATES]
     d_gates = grad.new_empty(0) if gates is None else gates.new_empty(gates.shape)
-    parameters = [t.new_empty(t.shape) for t in inputs[ROWS + 1 : NUM_INPUTS]]
+    parameters = [t.new_empty(t.shape) for t in inputs[ROWS + 1 : NUM_INPUTS - 2]]
     return [*(empty_by_token(t) for t in inputs[:GATES]), d_gates, *parameters]
 
 
@@ -101,7 +104,7 @@ def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | 
     gradients: list[Tensor | None] = list(torch.ops.mixhead.aggregate_cpu_backward(grad, *inputs, statistics))
     if inputs[GATES] is None:
         gradients[GATES] = None
-    return *gradients[: GATES + 1], None, None, *gradients[GATES + 1 :]
+    return *gradients[: GATES + 1], None, None, *gradients[GATES + 1 :], None, None
 
 
 def no_second_derivative(ctx: Any, *_: Any) -> None:

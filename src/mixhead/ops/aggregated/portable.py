@@ -17,7 +17,7 @@ def attend(a: AggregatedArguments) -> Tensor:
     k_views = shifted(F.normalize(a.k_BHND, dim=-1).unflatten(2, a.size), a.window)
     local_BHNL = torch.stack([(scaled_BHYXD * k_BHYXD).sum(-1).flatten(2) for k_BHYXD in k_views], -1)
     local_BHNL = (local_BHNL + a.local_bias_HL.unsqueeze(1)).masked_fill(outside_NL(a), -torch.inf)
-    pooled_BHNT = scaled_BHND @ F.normalize(a.k_BHTD, dim=-1).mT + a.pool_bias_HNT
+    pooled_BHNT = scaled_BHND @ F.normalize(a.k_BHTD, dim=-1).mT + a.pool_bias.pairs_HNT()
     weights_BHNA = torch.cat([local_BHNL, pooled_BHNT], -1).softmax(-1)
     local_BHNL, pooled_BHNT = weights_BHNA.split([local_BHNL.shape[-1], pooled_BHNT.shape[-1]], -1)
     local_BHNL = local_BHNL + q_BHND @ a.learnable_tokens_HDL + a.learnable_bias_HL.unsqueeze(1)

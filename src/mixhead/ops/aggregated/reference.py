@@ -21,7 +21,7 @@ def attend(a: AggregatedArguments) -> Tensor:
     inside_NL = unfold(torch.ones_like(a.v_BHND[:1, :1, :, :1]), a.size, a.window)[0, 0, :, 0] > 0
     local_BHNL = (scaled_BHND.unsqueeze(-2) @ k_BHNDL).squeeze(-2) + a.local_bias_HL.unsqueeze(1)
     local_BHNL = local_BHNL.masked_fill(~inside_NL, -torch.inf)
-    pooled_BHNT = scaled_BHND @ F.normalize(a.k_BHTD, dim=-1).mT + a.pool_bias_HNT
+    pooled_BHNT = scaled_BHND @ F.normalize(a.k_BHTD, dim=-1).mT + a.pool_bias.pairs_HNT()
     weights_BHNA = torch.cat([local_BHNL, pooled_BHNT], -1).softmax(-1)
     local_BHNL, pooled_BHNT = weights_BHNA.split([local_BHNL.shape[-1], pooled_BHNT.shape[-1]], -1)
     local_BHNL = local_BHNL + q_BHND @ a.learnable_tokens_HDL + a.learnable_bias_HL.unsqueeze(1)

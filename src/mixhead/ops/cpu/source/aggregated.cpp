@@ -53,6 +53,21 @@ std::vector<float> log_of_keys(const Map& s) {
   return logs;
 }
 
+// Indices [queries][keys] below `limit`, as [keys][queries] and times `factor`.
+std::vector<int32_t> turned(const Tensor& index, int64_t limit, int64_t factor) {
+  const int64_t queries = index.size(0), keys = index.size(1);
+  const int64_t* data = index.const_data_ptr<int64_t>();
+  std::vector<int32_t> to(queries * keys);
+  for (int64_t i = 0; i < queries; ++i) {
+    for (int64_t j = 0; j < keys; ++j) {
+      const int64_t at = data[i * index.stride(0) + j * index.stride(1)];
+      TORCH_CHECK(at >= 0 && at < limit, "an index of the pool bias lies outside of its table");
+      to[j * queries + i] = int32_t(at * factor);
+    }
+  }
+  return to;
+}
+
 // The inputs of one call, as the kernel wants them.
 struct Call {
   Tensor q, k, v, pool_k, pool_v;
@@ -62,23 +77,27 @@ struct Call {
   RowLists rows;
   std::vector<BlockOfRows> blocks;
   std::vector<float> logs;
+  std::vector<int32_t> row_start, column;
   std::unique_ptr<float[]> lengths;
 
   Call(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& pool_k_, const Tensor& pool_v_,
        const OptionalTensor& gates_, const OptionalTensor& selected_, int64_t Y, const Tensor& embedding_,
        const Tensor& temperature_, const Tensor& local_bias_, const Tensor& pool_bias_, const Tensor& tokens_,
-       const Tensor& learnable_bias_)
+       const Tensor& learnable_bias_, const Tensor& row_index, const Tensor& column_index)
       : q(unit_stride(q_)), k(unit_stride(k_)), v(unit_stride(v_)), pool_k(unit_stride(pool_k_)),
         pool_v(unit_stride(pool_v_)), gates(gates_), selected(selected_), embedding(embedding_.contiguous()),
         temperature(temperature_.contiguous()), local_bias(local_bias_.contiguous()),
         pool_bias(pool_bias_.contiguous()), tokens(tokens_.contiguous()), learnable_bias(learnable_bias_.contiguous()) {
     const int64_t window = std::lround(std::sqrt(double(local_bias.size(1))));
-    s = {q.size(0), q.size(1), q.size(2), pool_k.size(2), q.size(3), Y, q.size(2) / Y, window};
+    s = {q.size(0), q.size(1), q.size(2), pool_k.size(2), q.size(3), Y, q.size(2) / Y, window,
+         row_index.size(1), column_index.size(1), pool_bias.size(1), pool_bias.size(2)};
     TORCH_CHECK(s.places() <= kMostPlaces, "the window has more than ", kMostPlaces, " places");
     TORCH_CHECK(s.D <= kMostVectors * kLanes, "heads are wider than ", kMostVectors * kLanes);
     rows = list_rows(s, selected);
     blocks = cut_into_blocks(rows);
     logs = log_of_keys(s);
+    row_start = turned(row_index, s.R, s.S);
+    column = turned(column_index, s.S, 1);
     lengths.reset(new float[s.B * s.H * (s.N + s.T + s.T * s.D)]);
   }
 
@@ -99,6 +118,8 @@ struct Call {
     kernel.pool_bias = pool_bias.const_data_ptr<float>();
     kernel.tokens = tokens.const_data_ptr<float>();
     kernel.learnable_bias = learnable_bias.const_data_ptr<float>();
+    kernel.row_start = row_start.data();
+    kernel.column = column.data();
     kernel.rows = &rows;
     kernel.stats = stats.data_ptr<float>();
     kernel.inverse_k = lengths.get();
@@ -182,9 +203,10 @@ std::tuple<Tensor, Tensor> aggregate(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& pool_v, const OptionalTensor& gates, const OptionalTensor& selected,
                                      int64_t Y, const Tensor& embedding, const Tensor& temperature,
                                      const Tensor& local_bias, const Tensor& pool_bias, const Tensor& tokens,
-                                     const Tensor& learnable_bias) {
+                                     const Tensor& learnable_bias, const Tensor& row_index,
+                                     const Tensor& column_index) {
   Call call(q, k, v, pool_k, pool_v, gates, selected, Y, embedding, temperature, local_bias, pool_bias, tokens,
-            learnable_bias);
+            learnable_bias, row_index, column_index);
   Tensor out = empty_by_token(q), stats = at::empty({2, q.size(0), q.size(1), q.size(2)}, q.options());
   with_vectors(call.s.D, [&](auto vectors) { run_forward<vectors.value>(call, out, stats); });
   return {out, stats};
@@ -194,9 +216,10 @@ std::vector<Tensor> aggregate_backward(const Tensor& grad, const Tensor& q, cons
                                        const Tensor& pool_k, const Tensor& pool_v, const OptionalTensor& gates,
                                        const OptionalTensor& selected, int64_t Y, const Tensor& embedding,
                                        const Tensor& temperature, const Tensor& local_bias, const Tensor& pool_bias,
-                                       const Tensor& tokens, const Tensor& learnable_bias, const Tensor& stats) {
+                                       const Tensor& tokens, const Tensor& learnable_bias, const Tensor& row_index,
+                                       const Tensor& column_index, const Tensor& stats) {
   Call call(q, k, v, pool_k, pool_v, gates, selected, Y, embedding, temperature, local_bias, pool_bias, tokens,
-            learnable_bias);
+            learnable_bias, row_index, column_index);
   std::vector<Tensor> d;
   for (const Tensor* x : {&q, &k, &v, &pool_k, &pool_v}) d.push_back(empty_by_token(*x));
   d.push_back(gates ? at::zeros(gates->sizes(), gates->options()) : at::zeros({0}, q.options()));

@@ -139,8 +139,20 @@ inline Row<V> through_unit(Row<V> du, const Row<V>& u, float inverse) {
 
 struct Map {
   int64_t B, H, N, T, D, Y, X, window;
+  int64_t U, V, R, S;  // rows and columns of pooled keys; of the table of their biases
   int64_t places() const { return window * window; }
 };
+
+// Numbers of a table at kLanes indices.
+inline Vec load_at(const float* table, IntVec index) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_i32gather_ps((__m512i)index, table, 4);
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = table[index[i]];
+  return v;
+#endif
+}
 
 template <int V>
 class Aggregated {
@@ -151,6 +163,7 @@ class Aggregated {
   Map s;
   View<const float> q, k, v, pool_k, pool_v, gates;  // gates: [B, N, H], or no data where all are 1
   const float *embedding, *temperature, *local_bias, *pool_bias, *tokens, *learnable_bias;
+  const int32_t *row_start, *column;  // [U][Y]: where the row of the table starts, and [V][X]
   const RowLists* rows;
   float* stats;               // [2][B][H][N]: the maximum, and 1 / sum
   float* inverse_k;           // [B][H][N]: 1 / |k|
@@ -176,7 +189,7 @@ class Aggregated {
   // One block of rows while it is worked on.
   struct Block {
     int64_t b, h, count, lanes;
-    int32_t n[kRows];
+    int32_t n[kRows], y[kRows], x[kRows];
     int32_t place[kMostPlaces][kRows];  // the key at each place of a row's window; N outside of the map
     alignas(64) float factor[kRows], inverse_q[kRows], gate[kRows];
   };
@@ -184,8 +197,9 @@ class Aggregated {
   struct Memory {
     float *unit, *scaled, *unitT, *scaledT;  // queries: [kRows][kDim] and [kDim][kRows]
     float *pooled, *local, *dynamic;         // scores or weights: [T][kRows], [L][kRows], [L][kRows]
-    float *outT, *out, *rows;                // [kDim][kRows], [kRows][kDim], [kRows][T]
+    float *outT, *out;                       // [kDim][kRows], [kRows][kDim]
     float *grad, *gated_grad, *gradT, *d_pooled, *d_local, *d_dynamic, *weights, *dsT, *ds, *duT, *du;  // backward
+    float* rows;                                      // [kRows][T]
     float *dk, *dv, *d_pool_k, *d_pool_v, *d_tokens;  // sums over the blocks of one (b, h), padded
   };
 
@@ -193,8 +207,8 @@ class Aggregated {
 
   int64_t bytes(bool backward) const {
     const int64_t keys = padded_keys(), L = s.places();
-    int64_t count = 6 * kRows * kDim + 2 * kRows * keys + 2 * L * kRows;
-    if (backward) count += 7 * kRows * kDim + kRows * keys + 3 * L * kRows + 2 * (s.N + 1 + s.T) * kDim + L * kDim;
+    int64_t count = 6 * kRows * kDim + kRows * keys + 2 * L * kRows;
+    if (backward) count += 7 * kRows * kDim + 2 * kRows * keys + 3 * L * kRows + 2 * (s.N + 1 + s.T) * kDim + L * kDim;
     return count * int64_t(sizeof(float)) + 64 * 32;
   }
 
@@ -202,14 +216,14 @@ class Aggregated {
     const int64_t keys = padded_keys(), L = s.places();
     Memory m{};
     for (float** tile : {&m.unit, &m.scaled, &m.unitT, &m.scaledT, &m.outT, &m.out}) *tile = arena.take<float>(kRows * kDim);
-    for (float** tile : {&m.pooled, &m.rows}) *tile = arena.take<float>(kRows * keys);
+    m.pooled = arena.take<float>(kRows * keys);
     for (float** tile : {&m.local, &m.dynamic}) *tile = arena.take<float>(kRows * L);
     std::memset(m.outT, 0, kRows * kDim * sizeof(float));
     if (!backward) return m;
     for (float** tile : {&m.grad, &m.gated_grad, &m.gradT, &m.dsT, &m.ds, &m.duT, &m.du}) {
       *tile = arena.take<float>(kRows * kDim);
     }
-    m.d_pooled = arena.take<float>(kRows * keys);
+    for (float** tile : {&m.d_pooled, &m.rows}) *tile = arena.take<float>(kRows * keys);
     for (float** tile : {&m.d_local, &m.d_dynamic, &m.weights}) *tile = arena.take<float>(kRows * L);
     for (float** sum : {&m.dk, &m.dv}) *sum = arena.take<float>((s.N + 1) * kDim);
     for (float** sum : {&m.d_pool_k, &m.d_pool_v}) *sum = arena.take<float>(s.T * kDim);
@@ -225,12 +239,11 @@ class Aggregated {
     block.h = ref.bk % s.H;
     block.count = ref.count;
     block.lanes = round_up(ref.count, kLanes);
-    int32_t y[kRows], x[kRows];
     for (int64_t lane = 0; lane < kRows; ++lane) {
       const int32_t n = rows->code[ref.first + std::min(lane, ref.count - 1)];
       block.n[lane] = n;
-      y[lane] = n / int32_t(s.X);
-      x[lane] = n % int32_t(s.X);
+      block.y[lane] = n / int32_t(s.X);
+      block.x[lane] = n % int32_t(s.X);
       block.gate[lane] = lane >= ref.count ? 0.f : gates.data ? *gates.at(block.b, block.h, n) : 1.f;
     }
     const int32_t reach = int32_t(s.window / 2);
@@ -238,7 +251,8 @@ class Aggregated {
       const int32_t down = int32_t(l / s.window) - reach, right = int32_t(l % s.window) - reach;
       const int32_t distance = down * int32_t(s.X) + right;
       for (int64_t lane = 0; lane < kRows; ++lane) {
-        const bool inside = uint32_t(y[lane] + down) < uint32_t(s.Y) && uint32_t(x[lane] + right) < uint32_t(s.X);
+        const bool inside = uint32_t(block.y[lane] + down) < uint32_t(s.Y) &&
+                            uint32_t(block.x[lane] + right) < uint32_t(s.X);
         block.place[l][lane] = inside ? block.n[lane] + distance : int32_t(s.N);
       }
     }
@@ -294,12 +308,7 @@ class Aggregated {
         score[lane] = block.place[l][lane] == s.N ? -kInfinity : score[lane] + bias[l];
       }
     }
-    // The product is added to the biases, whose rows are brought together first.
-    const float* of_head = pool_bias + block.h * s.N * s.T;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      std::memcpy(m.rows + lane * s.T, of_head + block.n[lane] * s.T, s.T * sizeof(float));
-    }
-    turn(m.rows, lanes, s.T, s.T, m.pooled, kRows);
+    set_pool_bias(block, m.pooled);  // to which the product is added
     product(s.T, lanes, s.D, {unit_pool_k + bh * s.T * s.D, s.D, 1}, m.scaledT, kRows, m.pooled, kRows, true);
     const float* token = tokens + block.h * s.D * L;
     product(L, lanes, s.D, {token, 1, L}, m.unitT, kRows, m.dynamic, kRows, false);
@@ -308,6 +317,21 @@ class Aggregated {
       for (int64_t lane = 0; lane < lanes; lane += kLanes) {
         float* at = m.dynamic + l * kRows + lane;
         store(at, load(at) + added[l]);
+      }
+    }
+  }
+
+  void set_pool_bias(const Block& block, float* pooled) const {
+    const float* table = pool_bias + block.h * s.R * s.S;
+    int32_t start[kRows], of_column[kRows];
+    for (int64_t u = 0; u < s.U; ++u) {
+      for (int64_t lane = 0; lane < block.lanes; ++lane) start[lane] = row_start[u * s.Y + block.y[lane]];
+      for (int64_t w = 0; w < s.V; ++w) {
+        for (int64_t lane = 0; lane < block.lanes; ++lane) of_column[lane] = column[w * s.X + block.x[lane]];
+        float* to = pooled + (u * s.V + w) * kRows;
+        for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
+          store(to + lane, load_at(table, load(start + lane) + load(of_column + lane)));
+        }
       }
     }
   }
@@ -389,7 +413,7 @@ class Aggregated {
     product(s.D, lanes, L, {tokens + block.h * s.D * L, L, 1}, m.d_dynamic, kRows, m.duT, kRows, false);
     turn(m.dsT, kDim, lanes, kRows, m.ds, kDim);
     turn(m.duT, kDim, lanes, kRows, m.du, kDim);
-    add_pool_bias(block, m, to.pool_bias + block.h * s.N * s.T);
+    add_pool_bias(block, m, to.pool_bias + block.h * s.R * s.S);
     finish_rows(block, m, to);
   }
 
@@ -435,13 +459,15 @@ class Aggregated {
     for (int64_t lane = 0; lane < block.count; ++lane) *to.gates.at(block.b, block.h, block.n[lane]) = d_gate[lane];
   }
 
-  void add_pool_bias(const Block& block, Memory& m, float* of_head) const {
+  void add_pool_bias(const Block& block, Memory& m, float* table) const {
     const int64_t keys = padded_keys();
     turn(m.d_pooled, keys, block.lanes, kRows, m.rows, keys);
     for (int64_t lane = 0; lane < block.count; ++lane) {
-      float* to = of_head + block.n[lane] * s.T;
       const float* from = m.rows + lane * keys;
-      for (int64_t t = 0; t < s.T; ++t) to[t] += from[t];
+      for (int64_t u = 0; u < s.U; ++u) {
+        float* to = table + row_start[u * s.Y + block.y[lane]];
+        for (int64_t w = 0; w < s.V; ++w) to[column[w * s.X + block.x[lane]]] += *from++;
+      }
     }
   }
 
