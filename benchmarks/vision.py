@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixhead.models.moh_vit import PUBLISHED, MoHViTConfig, MoHViTForImageClassification
+from mixhead.models.moh_vit import PUBLISHED, MoHTransNeXtConfig, MoHTransNeXtForImageClassification
 from mixhead.models.moh_vit import attention as attention_module
 from mixhead.models.moh_vit.attention import PositionBias
 from mixhead.models.moh_vit.modeling import ConvolutionalGLU
@@ -107,7 +107,7 @@ def main():
     print("|---|---|---|---|---|---|")
     for name in options.names:
         torch.manual_seed(0)
-        model = MoHViTForImageClassification(MoHViTConfig.named(name, drop_path_rate=0.0)).eval()
+        model = MoHTransNeXtForImageClassification(MoHTransNeXtConfig.named(name, drop_path_rate=0.0)).eval()
         images = torch.randn(options.batch, 3, options.size, options.size)
         labels = torch.randint(0, 1000, (options.batch,))
         check(model, images)

@@ -25,7 +25,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from mixhead.errors import MixheadError
 from mixhead.interop.safe_load import first_line, read_start
 from mixhead.models.hugging_face import MoHModelMixin, moh_model_class, register_with_transformers
-from mixhead.models.moh_vit import MoHViTForImageClassification, MoHViTModel
+from mixhead.models.moh_vit import MoHTransNeXtForImageClassification, MoHTransNeXtModel
 
 PathLike = str | os.PathLike[str]
 
@@ -34,7 +34,7 @@ WEIGHT_FILES = ("*.safetensors", "*.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # Models of this library; all others are classes of transformers or made from one.
 OWN_MODELS: dict[str, type[PreTrainedModel]] = {
-    model.__name__: model for model in (MoHViTForImageClassification, MoHViTModel)
+    model.__name__: model for model in (MoHTransNeXtForImageClassification, MoHTransNeXtModel)
 }
 # What the writers raise when a disk is full or a folder read-only: the operating system and safetensors.
 WRITE_ERRORS = (OSError, SafetensorError)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mixhead.errors import MixheadError
 from mixhead.interop.llama import some
 from mixhead.interop.safe_load import PUBLISHED_CLASSES, load_pickle, named_tensors
-from mixhead.models.moh_vit import PUBLISHED, MoHViTConfig, MoHViTForImageClassification
+from mixhead.models.moh_vit import PUBLISHED, MoHTransNeXtConfig, MoHTransNeXtForImageClassification
 
 # Official attribute of an attention module -> ours. In the last stage `qkv` is one layer, before it two, `q` and `kv`.
 ATTENTION = {
@@ -61,7 +61,7 @@ OFFICIAL_NAMES = {
 ENTRIES = ("model", "state_dict")
 
 
-def moh_vit(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MoHViTForImageClassification:
+def moh_vit(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MoHTransNeXtForImageClassification:
     """MoH-ViT from weights under the official names.
 
     Args:
@@ -77,14 +77,14 @@ def moh_vit(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MoHV
     return filled(official_config(config), state_dict)
 
 
-def official_config(config: Mapping[str, Any]) -> MoHViTConfig:
+def official_config(config: Mapping[str, Any]) -> MoHTransNeXtConfig:
     """Our configuration from the official argument names."""
     windows = {window for window in config["window_size"] if window is not None}
     if len(windows) > 1 or len(config["window_size"]) != len(config["embed_dims"]):
         raise MixheadError(
             f"window_size={config['window_size']} must name one window for all stages but the last, which has none."
         )
-    return MoHViTConfig(
+    return MoHTransNeXtConfig(
         image_size=config["img_size"],
         num_channels=config.get("in_chans", 3),
         patch_size=config["patch_size"],
@@ -107,7 +107,7 @@ def whole_numbers(values: Any) -> tuple[int, ...] | None:
     return None if values is None else tuple(values)
 
 
-def filled(config: MoHViTConfig, state_dict: Mapping[str, Tensor]) -> MoHViTForImageClassification:
+def filled(config: MoHTransNeXtConfig, state_dict: Mapping[str, Tensor]) -> MoHTransNeXtForImageClassification:
     """The model of that configuration with the official weights, each a copy of its own."""
     renamed = {}
     for name, tensor in state_dict.items():
@@ -118,7 +118,7 @@ def filled(config: MoHViTConfig, state_dict: Mapping[str, Tensor]) -> MoHViTForI
             raise MixheadError(f"The weight {name} must be of a floating type, but it is {tensor.dtype}.")
         renamed[our_name(plain)] = (name, tensor)
     with torch.device("meta"):
-        model = MoHViTForImageClassification(config)
+        model = MoHTransNeXtForImageClassification(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     missing, unexpected = sorted(shapes.keys() - renamed.keys()), sorted(renamed.keys() - shapes.keys())
     if missing or unexpected:
@@ -157,7 +157,7 @@ def our_name(official: str) -> str:
 
 def load_moh_vit(
     path: str | os.PathLike[str], name: str | None = None, *, verify: bool = True
-) -> MoHViTForImageClassification:
+) -> MoHTransNeXtForImageClassification:
     """A published MoH-ViT (`moh_transnext_base_75.pth`, ...) or dense TransNeXt checkpoint, without executing anything.
 
     The file is a training checkpoint: the weights stand under `model`, and the command line that trained them under
@@ -196,7 +196,7 @@ def name_of(file: Path, arguments: object) -> str:
     )
 
 
-def published_config(name: str, weights: Mapping[str, Tensor], arguments: object) -> MoHViTConfig:
+def published_config(name: str, weights: Mapping[str, Tensor], arguments: object) -> MoHTransNeXtConfig:
     """The published configuration, with the number of classes of the weights and the trained size of the images."""
     heads = [weight for key, weight in weights.items() if WRAPPERS.sub("", key) == "head.weight"]
     if not heads or heads[0].dim() != 2:
@@ -207,4 +207,4 @@ def published_config(name: str, weights: Mapping[str, Tensor], arguments: object
     trained = next((size for size in sizes if isinstance(size, int) and not isinstance(size, bool)), None)
     if trained is not None:
         changes["image_size"] = trained
-    return MoHViTConfig.named(name, **changes)
+    return MoHTransNeXtConfig.named(name, **changes)

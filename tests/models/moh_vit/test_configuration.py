@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from mixhead.errors import MixheadError
-from mixhead.models.moh_vit import PUBLISHED, MoHViTConfig, MoHViTForImageClassification
+from mixhead.models.moh_vit import PUBLISHED, MoHTransNeXtConfig, MoHTransNeXtForImageClassification
 
 # name: (parameters, those of the routers, heads that a token uses, all heads)
 COUNTS = {
@@ -28,9 +28,9 @@ def test_every_published_configuration_is_counted():
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters_and_active_heads(name):
     parameters, routers, used, heads = COUNTS[name]
-    config = MoHViTConfig.named(name)
+    config = MoHTransNeXtConfig.named(name)
     with torch.device("meta"):
-        model = MoHViTForImageClassification(config)
+        model = MoHTransNeXtForImageClassification(config)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert sum(p.numel() for n, p in model.named_parameters() if "moh_router" in n) == routers
     assert config.active_share == used / heads
@@ -39,17 +39,17 @@ def test_parameters_and_active_heads(name):
 
 
 def test_named_takes_changes_and_refuses_unknown_names():
-    assert MoHViTConfig.named("transnext-tiny", num_labels=10).num_labels == 10
-    assert MoHViTConfig.named("transnext-tiny").num_labels == 1000
+    assert MoHTransNeXtConfig.named("transnext-tiny", num_labels=10).num_labels == 10
+    assert MoHTransNeXtConfig.named("transnext-tiny").num_labels == 1000
     with pytest.raises(MixheadError, match="'vit-b' is unknown: choose one of moh-vit-b-75"):
-        MoHViTConfig.named("vit-b")
+        MoHTransNeXtConfig.named("vit-b")
 
 
 def test_a_saved_configuration_comes_back(tmp_path):
-    config = MoHViTConfig.named("moh-vit-s-75", num_labels=7)
+    config = MoHTransNeXtConfig.named("moh-vit-s-75", num_labels=7)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(loaded, MoHViTConfig)
+    assert isinstance(loaded, MoHTransNeXtConfig)
     told = ("transformers_version", "_name_or_path")
     kept, expected = ({k: v for k, v in c.to_dict().items() if k not in told} for c in (loaded, config))
     assert kept == expected
@@ -57,7 +57,7 @@ def test_a_saved_configuration_comes_back(tmp_path):
 
 
 def test_the_architecture_is_fixed_once_made():
-    config = copy.deepcopy(MoHViTConfig.named("moh-vit-s-75"))
+    config = copy.deepcopy(MoHTransNeXtConfig.named("moh-vit-s-75"))
     with pytest.raises(MixheadError, match="top_k of a configuration that is made cannot be changed"):
         config.top_k = (0, 0, 3, 12)
     config.top_k = [0, 0, 6, 12]  # the same
@@ -87,4 +87,4 @@ def test_the_architecture_is_fixed_once_made():
 )
 def test_impossible_combinations_are_refused(change, sentence):
     with pytest.raises(MixheadError, match=sentence):
-        MoHViTConfig(**change)
+        MoHTransNeXtConfig(**change)

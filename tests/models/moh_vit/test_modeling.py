@@ -9,7 +9,7 @@ from transformers import AutoModelForImageClassification
 
 import mixhead
 from mixhead.errors import MixheadError
-from mixhead.models.moh_vit import MoHViTConfig, MoHViTForImageClassification
+from mixhead.models.moh_vit import MoHTransNeXtConfig, MoHTransNeXtForImageClassification
 from mixhead.models.moh_vit.positions import relative_positions
 from mixhead.ops import RelativeBias
 
@@ -26,13 +26,13 @@ TINY = {
 ROUTED = {"shared_heads": (2, 1, 2, 0), "top_k": (0, 2, 1, 2)}  # all shared, one shared, both kinds, none shared
 
 
-def tiny(**changes) -> MoHViTForImageClassification:
+def tiny(**changes) -> MoHTransNeXtForImageClassification:
     torch.manual_seed(0)
-    return MoHViTForImageClassification(MoHViTConfig(**{**TINY, **ROUTED, **changes}))
+    return MoHTransNeXtForImageClassification(MoHTransNeXtConfig(**{**TINY, **ROUTED, **changes}))
 
 
 @pytest.fixture(scope="module")
-def model() -> MoHViTForImageClassification:
+def model() -> MoHTransNeXtForImageClassification:
     return tiny().eval()
 
 
@@ -184,7 +184,7 @@ def test_saved_and_loaded_by_the_auto_class(model, tmp_path):
     mixhead.save(model, None, tmp_path / "m")
     x = torch.randn(1, 3, 48, 64)
     for loaded in (AutoModelForImageClassification.from_pretrained(tmp_path / "m"), mixhead.load(tmp_path / "m")):
-        assert isinstance(loaded, MoHViTForImageClassification)
+        assert isinstance(loaded, MoHTransNeXtForImageClassification)
         assert loaded.eval()(x).logits.equal(model(x).logits)
 
 

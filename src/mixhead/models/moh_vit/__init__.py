@@ -2,16 +2,16 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from mixhead.models.moh_vit.configuration import PUBLISHED, MoHViTConfig
+from mixhead.models.moh_vit.configuration import PUBLISHED, MoHTransNeXtConfig
 from mixhead.models.moh_vit.images import image_processor
-from mixhead.models.moh_vit.modeling import MoHViTForImageClassification, MoHViTModel, MoHViTOutput
+from mixhead.models.moh_vit.modeling import MoHTransNeXtForImageClassification, MoHTransNeXtModel, MoHTransNeXtOutput
 
 __all__ = [
     "PUBLISHED",
-    "MoHViTConfig",
-    "MoHViTForImageClassification",
-    "MoHViTModel",
-    "MoHViTOutput",
+    "MoHTransNeXtConfig",
+    "MoHTransNeXtForImageClassification",
+    "MoHTransNeXtModel",
+    "MoHTransNeXtOutput",
     "image_processor",
     "register_moh_vit",
 ]
@@ -19,6 +19,6 @@ __all__ = [
 
 def register_moh_vit() -> None:
     """Lets the Auto classes of transformers load MoH-ViT; called by `import mixhead`."""
-    AutoConfig.register(MoHViTConfig.model_type, MoHViTConfig, exist_ok=True)
-    AutoModel.register(MoHViTConfig, MoHViTModel, exist_ok=True)
-    AutoModelForImageClassification.register(MoHViTConfig, MoHViTForImageClassification, exist_ok=True)
+    AutoConfig.register(MoHTransNeXtConfig.model_type, MoHTransNeXtConfig, exist_ok=True)
+    AutoModel.register(MoHTransNeXtConfig, MoHTransNeXtModel, exist_ok=True)
+    AutoModelForImageClassification.register(MoHTransNeXtConfig, MoHTransNeXtForImageClassification, exist_ok=True)

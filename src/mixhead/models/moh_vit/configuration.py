@@ -14,7 +14,7 @@ ROUTED = ("shared_heads", "top_k")
 ARCHITECTURE = (*PER_STAGE, *ROUTED, "image_size", "num_channels", "patch_size", "window_size", "qkv_bias")
 
 
-class MoHViTConfig(PreTrainedConfig):
+class MoHTransNeXtConfig(PreTrainedConfig):
     """Sizes of a MoH-ViT (arXiv 2410.11842, section 4.1); without `shared_heads` and `top_k` a dense TransNeXt.
 
     All stages but the last use aggregated attention, the last one global attention. The fields of the architecture
@@ -74,7 +74,7 @@ class MoHViTConfig(PreTrainedConfig):
         super().__setattr__(name, value)
 
     @classmethod
-    def named(cls, name: str, **changes: Any) -> MoHViTConfig:
+    def named(cls, name: str, **changes: Any) -> MoHTransNeXtConfig:
         """A published configuration, for example "moh-vit-b-75", with ImageNet-1K's 1,000 classes.
 
         Args:

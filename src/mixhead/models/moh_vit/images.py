@@ -7,13 +7,13 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import is_torchvision_available
 
 from mixhead.errors import MixheadError
-from mixhead.models.moh_vit.configuration import MoHViTConfig
+from mixhead.models.moh_vit.configuration import MoHTransNeXtConfig
 
 CROPPED_SHARE = 0.875
 BICUBIC = 3  # as Pillow numbers them
 
 
-def image_processor(config: MoHViTConfig) -> ImageProcessingMixin:
+def image_processor(config: MoHTransNeXtConfig) -> ImageProcessingMixin:
     """Bicubic resize of the shorter side, centre crop of 87.5% (256 to 224 pixels), ImageNet's mean and deviation.
 
     Raises:

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.moh_vit.attention import AggregatedAttention, CosineAttention, GlobalAttention
-from mixhead.models.moh_vit.configuration import MoHViTConfig
+from mixhead.models.moh_vit.configuration import MoHTransNeXtConfig
 from mixhead.models.moh_vit.positions import RelativePositions, Size, relative_positions
 from mixhead.routing import Routing, TwoStageRouter
 
@@ -31,7 +31,7 @@ NO_WEIGHT_DECAY = ("query_embedding", "local_bias", "position_bias", "temperatur
 
 
 @dataclass
-class MoHViTOutput(ModelOutput):
+class MoHTransNeXtOutput(ModelOutput):
     """What a MoH-ViT returns.
 
     Attributes:
@@ -85,7 +85,7 @@ class ConvolutionalGLU(nn.Module):
 class Block(GradientCheckpointingLayer):
     """Attention and MLP, each behind a norm and beside a residual path that stochastic depth may leave alone."""
 
-    def __init__(self, config: MoHViTConfig, stage: int, drop_path_rate: float) -> None:
+    def __init__(self, config: MoHTransNeXtConfig, stage: int, drop_path_rate: float) -> None:
         super().__init__()
         width = config.hidden_sizes[stage]
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -112,7 +112,7 @@ class Block(GradientCheckpointingLayer):
 class Stage(nn.Module):
     """A smaller map, the blocks on it, and a norm."""
 
-    def __init__(self, config: MoHViTConfig, stage: int, drop_path_rates: Sequence[float]) -> None:
+    def __init__(self, config: MoHTransNeXtConfig, stage: int, drop_path_rates: Sequence[float]) -> None:
         super().__init__()
         width = config.hidden_sizes[stage]
         if stage == 0:
@@ -137,7 +137,7 @@ class Stage(nn.Module):
         return self.norm(hidden_BNC).transpose(1, 2).unflatten(2, size), routings
 
 
-def make_attention(config: MoHViTConfig, stage: int) -> CosineAttention:
+def make_attention(config: MoHTransNeXtConfig, stage: int) -> CosineAttention:
     """The attention module of one block."""
     width, heads = config.hidden_sizes[stage], config.num_heads[stage]
     router = None
@@ -148,10 +148,10 @@ def make_attention(config: MoHViTConfig, stage: int) -> CosineAttention:
     return AggregatedAttention(width, heads, router, config.window_size, config.qkv_bias)
 
 
-class MoHViTPreTrainedModel(PreTrainedModel):
+class MoHTransNeXtPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of these models."""
 
-    config_class = MoHViTConfig
+    config_class = MoHTransNeXtConfig
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -191,10 +191,10 @@ class MoHViTPreTrainedModel(PreTrainedModel):
         }
 
 
-class MoHViTModel(MoHViTPreTrainedModel):
+class MoHTransNeXtModel(MoHTransNeXtPreTrainedModel):
     """The stages of a MoH-ViT, without a classifier."""
 
-    def __init__(self, config: MoHViTConfig) -> None:
+    def __init__(self, config: MoHTransNeXtConfig) -> None:
         super().__init__(config)
         rates = torch.linspace(0.0, config.drop_path_rate, config.num_hidden_layers, device="cpu").split(config.depths)
         self.stages = nn.ModuleList(Stage(config, stage, part.tolist()) for stage, part in enumerate(rates))
@@ -221,12 +221,12 @@ class MoHViTModel(MoHViTPreTrainedModel):
         return tuple(maps), tuple(routings)
 
 
-class MoHViTForImageClassification(MoHViTPreTrainedModel):
+class MoHTransNeXtForImageClassification(MoHTransNeXtPreTrainedModel):
     """A MoH-ViT with a linear classifier on the mean of the last map."""
 
-    def __init__(self, config: MoHViTConfig) -> None:
+    def __init__(self, config: MoHTransNeXtConfig) -> None:
         super().__init__(config)
-        self.vit = MoHViTModel(config)
+        self.vit = MoHTransNeXtModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -242,7 +242,7 @@ class MoHViTForImageClassification(MoHViTPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_routing: bool = False,
         return_dict: bool | None = None,
-    ) -> MoHViTOutput | tuple[Tensor, ...]:
+    ) -> MoHTransNeXtOutput | tuple[Tensor, ...]:
         """Classifies images.
 
         Args:
@@ -263,7 +263,7 @@ class MoHViTForImageClassification(MoHViTPreTrainedModel):
             loss = F.cross_entropy(logits, labels)
             if self.training and balance is not None:
                 loss = loss + self.config.balance_coefficient * balance
-        output = MoHViTOutput(
+        output = MoHTransNeXtOutput(
             loss=loss,
             logits=logits,
             balance_loss=balance,
@@ -282,7 +282,7 @@ def mean_balance_loss(routings: Sequence[Routing]) -> Tensor | None:
     return trace.balance_loss()
 
 
-def check_images(pixel_values: Tensor, config: MoHViTConfig) -> None:
+def check_images(pixel_values: Tensor, config: MoHTransNeXtConfig) -> None:
     """Raises where a batch is none of images that the model can take."""
     if pixel_values.dim() != 4 or pixel_values.shape[1] != config.num_channels:
         raise MixheadError(
