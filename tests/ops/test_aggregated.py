@@ -7,7 +7,7 @@ import torch
 
 from mixhead import Routing
 from mixhead.errors import MixheadError
-from mixhead.ops import AGGREGATED_IMPLEMENTATIONS, RelativeBias
+from mixhead.ops import AGGREGATED_IMPLEMENTATIONS, RelativeBias, cpu
 from mixhead.ops import aggregated_attention as operator
 
 FAST = [name for name in AGGREGATED_IMPLEMENTATIONS if name != "reference"]
@@ -209,3 +209,55 @@ def test_indices_of_the_pool_bias_that_do_not_fit():
         call((9, 2), (7, 3))
     with pytest.raises(MixheadError, match="pool_bias is for 2 x 2 pooled keys, but there are 6"):
         call((7, 2), (9, 2))
+
+
+needs_kernel = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
+
+
+@needs_kernel
+def test_the_kernel_is_a_proper_operator():
+    """Schema, fake tensors and autograd registration, with and without gates."""
+    a = inputs((3, 4), heads=2, dim=6, pooled=2, requires_grad=True)
+    index = torch.randint(5, (3, 2)), torch.randint(4, (4, 1))
+    routing = routing_of("random", 2, 12, 2)
+    for gates, selected in ((routing.gates_BNH, routing.selected_BNH), (None, None)):
+        maps = [a[name] for name in ("q_BHND", "k_BHND", "v_BHND", "k_BHTD", "v_BHTD")]
+        names = ("query_embedding_HD", "temperature_H", "local_bias_HL", "pool_bias")
+        names += ("learnable_tokens_HDL", "learnable_bias_HL")
+        torch.library.opcheck(
+            torch.ops.mixhead.aggregate_cpu.default,
+            (*maps, gates, selected, 3, *(a[name] for name in names), *index),
+            atol=1e-4, rtol=1e-3,
+        )  # fmt: skip
+
+
+@needs_kernel
+def test_the_kernel_takes_what_auto_gives_it(monkeypatch):
+    """Single precision goes to the kernel; what it has no instructions or room for goes to portable PyTorch."""
+    calls = []
+    monkeypatch.setitem(AGGREGATED_IMPLEMENTATIONS, "cpu", lambda a: calls.append(a) or a.v_BHND)
+    aggregated_attention(**inputs(), routing=None, size=(7, 9))
+    assert len(calls) == 1
+    for arguments in (inputs(dtype=torch.float64), inputs(dim=65), inputs(window=9)):
+        out = aggregated_attention(**arguments, routing=None, size=(7, 9))
+        assert out.equal(aggregated_attention(**arguments, routing=None, size=(7, 9), impl="portable"))
+    assert len(calls) == 1
+
+
+@needs_kernel
+def test_the_kernel_copes_with_zeros_and_large_numbers():
+    """Keys and queries of length 0 have no direction; scores of some hundreds overflow nothing."""
+    a = inputs((4, 5), requires_grad=True)
+    with torch.no_grad():
+        a["q_BHND"][:, :, 0] = 0.0
+        a["k_BHND"][:, :, 1] = 0.0
+        a["k_BHTD"][:, :, 0] = 0.0
+        a["temperature_H"] *= 100.0
+    grad = torch.randn(2, 3, 20, 24)
+    (out, gradients), (expected, wanted) = (results(a, None, (4, 5), impl, grad) for impl in ("cpu", "portable"))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    for name in a:
+        assert gradients[name].isfinite().all()
+    # In the direction of a vector of length 0 the gradient is 1e12 times the others, so the rest is compared.
+    for name in ("v_BHND", "v_BHTD", "learnable_tokens_HDL"):
+        torch.testing.assert_close(gradients[name], wanted[name], rtol=1e-3, atol=1e-3)

@@ -38,7 +38,7 @@ class PositionBias(nn.Module):
             return RelativeBias(self.table(positions), positions.row_YU, positions.column_XV)
         # Without gradients the last table is kept, with a copy of the weights that made it: they tell for certain,
         # however they were changed, whether it still holds.
-        weights = list(self.parameters())
+        weights: list[Tensor] = list(self.parameters())
         if self._known is None or self._known[0] is not positions or not same_tensors(self._known[1], weights):
             self._known = positions, [weight.clone() for weight in weights], self.table(positions)
         return RelativeBias(self._known[2], positions.row_YU, positions.column_XV)

@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -207,7 +206,7 @@ std::tuple<Tensor, Tensor> aggregate(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& column_index) {
   Call call(q, k, v, pool_k, pool_v, gates, selected, Y, embedding, temperature, local_bias, pool_bias, tokens,
             learnable_bias, row_index, column_index);
-  Tensor out = empty_by_token(q), stats = at::empty({2, q.size(0), q.size(1), q.size(2)}, q.options());
+  Tensor out = empty_by_token(q), stats = at::zeros({2, q.size(0), q.size(1), q.size(2)}, q.options());
   with_vectors(call.s.D, [&](auto vectors) { run_forward<vectors.value>(call, out, stats); });
   return {out, stats};
 }
