@@ -444,8 +444,9 @@ def test_every_instruction_set(level):
     levels = list(builder.LEVELS)
     if levels.index(level) <= levels.index(cpu.best_level()):
         pytest.skip("the other tests run the best one of this CPU; a better one it cannot run")
-    tests = "odd_sizes or head_dimensions or masks or bf16 or bad_numbers or far_scores or builds_where"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests]
+    tests = "odd_sizes or head_dimensions or masks or bf16 or bad_numbers or far_scores or builds_where or other_widths"
+    files = [__file__, str(Path(__file__).with_name("test_aggregated.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", tests]
     run = subprocess.run(command, env={**os.environ, "MIXHEAD_CPU_LEVEL": level}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
 

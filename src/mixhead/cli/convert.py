@@ -11,7 +11,8 @@ from mixhead.cli.common import DTYPE_HELP, MODEL_HELP, TEXT_HELP, console, model
 from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, store
 from mixhead.convert import convert as convert_model
 from mixhead.errors import MixheadError
-from mixhead.interop import load_moh_llama
+from mixhead.interop import load_moh_llama, load_moh_vit
+from mixhead.models.moh_vit import PUBLISHED, image_processor
 from mixhead.tasks.precision import autocast_dtype
 
 CALIBRATION_WINDOW = 512
@@ -32,17 +33,31 @@ def convert(
     tokens: Annotated[int, typer.Option(min=CALIBRATION_WINDOW, help="Tokens to calibrate on.")] = 16_384,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     official: Annotated[
-        str | None, typer.Option(help="`moh-llama`: SOURCE is the published MoH-LLaMA3 folder; the rest is ignored.")
+        str | None,
+        typer.Option(
+            help="SOURCE is published: `moh-llama` for the MoH-LLaMA3 folder; for a `.pth` file of MoH-ViT, which is "
+            f"recognised by itself, which one it is ({', '.join(PUBLISHED)}) if the file does not say so. All options "
+            "but --overwrite are ignored."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
 ) -> None:
     """Converts a causal language model and, with the linear router, calibrates it (no gradients, under a minute for
-    SmolLM2-135M on two cores).
+    SmolLM2-135M on two cores). A published checkpoint becomes a model folder.
     """
     folder = model_folder(source)
+    if official in PUBLISHED or folder.suffix in (".pth", ".pt"):
+        store.check_target(out, overwrite=overwrite)
+        classifier = load_moh_vit(folder, official)
+        store.save(classifier, image_processor(classifier.config), out, overwrite=overwrite)
+        console.print(f"Wrote {out}: an image classifier, {classifier.config.active_share:.1%} of its heads per token.")
+        return
     if official is not None:
         if official != "moh-llama":
-            raise MixheadError(f"--official {official} is unknown: the published format known here is moh-llama.")
+            raise MixheadError(
+                f"--official {official} is unknown: the published formats known here are moh-llama and "
+                f"{', '.join(PUBLISHED)}."
+            )
         store.save(load_moh_llama(folder), store.load_tokenizer(folder), out, overwrite=overwrite)
         console.print(f"Wrote {out}: the published MoH-LLaMA3 as a model that routes.")
         return

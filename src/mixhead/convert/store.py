@@ -20,28 +20,38 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 
 from mixhead.errors import MixheadError
 from mixhead.interop.safe_load import first_line, read_start
 from mixhead.models.hugging_face import MoHModelMixin, moh_model_class, register_with_transformers
+from mixhead.models.moh_vit import MoHTransNeXtForImageClassification, MoHTransNeXtModel
 
 PathLike = str | os.PathLike[str]
 
 CONFIG = "config.json"
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Models of this library; all others are classes of transformers or made from one.
+OWN_MODELS: dict[str, type[PreTrainedModel]] = {
+    model.__name__: model for model in (MoHTransNeXtForImageClassification, MoHTransNeXtModel)
+}
 # What the writers raise when a disk is full or a folder read-only: the operating system and safetensors.
 WRITE_ERRORS = (OSError, SafetensorError)
 
 
 def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: PathLike, *, overwrite: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | ImageProcessingMixin | None,
+    path: PathLike,
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Writes a model, and its tokenizer beside it, under a temporary name and renames the folder when it is complete.
+    """Writes a model, its tokenizer or image processor beside it, under a temporary name; renames the whole folder.
 
     Args:
         model: any model of transformers, converted or not.
-        tokenizer: saved into the same folder; None if there is none.
+        tokenizer: or image processor, saved into the same folder; None if there is none.
         path: the folder to make. An empty one is taken as well.
         overwrite: whether a model folder that stands there may be replaced; nothing else ever is.
 
@@ -186,6 +196,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
 def model_class_of(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that the configuration names as its own."""
     name = (config.architectures or ["nothing"])[0]
+    if name in OWN_MODELS:
+        return OWN_MODELS[name]
     converted = isinstance(config, PreTrainedConfig) and hasattr(config, "base_config_class")
     base = getattr(transformers, name.removeprefix("MoH") if converted else name, None)
     if not isinstance(base, type) or not issubclass(base, PreTrainedModel):

@@ -2,12 +2,15 @@
 
 from mixhead.interop.official import from_official
 from mixhead.interop.published_llama import is_published_moh_llama, load_moh_llama
-from mixhead.interop.safe_load import PUBLISHED_CLASSES, load_pickle_weights
+from mixhead.interop.safe_load import PUBLISHED_CLASSES, load_pickle, load_pickle_weights
+from mixhead.interop.vit import load_moh_vit
 
 __all__ = [
     "PUBLISHED_CLASSES",
     "from_official",
     "is_published_moh_llama",
     "load_moh_llama",
+    "load_moh_vit",
+    "load_pickle",
     "load_pickle_weights",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
 from mixhead.interop.llama import moh_llama
+from mixhead.interop.vit import moh_vit
 from mixhead.nn import MixtureOfHeadAttention
 
 StateDict = Mapping[str, Tensor]
@@ -96,4 +97,5 @@ def load_exactly(module: nn.Module, state_dict: StateDict) -> None:
 KINDS: dict[str, Callable[[Mapping[str, Any], StateDict], nn.Module]] = {
     "moh_dit_attention": moh_dit_attention,
     "moh_llama": moh_llama,
+    "moh_vit": moh_vit,
 }

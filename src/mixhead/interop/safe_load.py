@@ -58,21 +58,25 @@ def load_pickle_weights(
             holds something else than named tensors.
     """
     file = Path(path)
+    return named_tensors(file, load_pickle(file, allow=allow, verify=verify), entry)
+
+
+def load_pickle(path: str | os.PathLike[str], *, allow: Sequence[type] = PUBLISHED_CLASSES, verify: bool = True) -> Any:
+    """All that a file holds, read as `load_pickle_weights` reads it: tensors, plain containers and allowed classes."""
+    file = Path(path)
     start = read_start(file)
     if start.startswith(ZIP):
         if verify:
             check_archive(file)
-        content = unpickle(file, allow, mmap=True)
-    elif start.startswith(PICKLE):
-        content = unpickle(file, allow, mmap=False)
-    elif is_safetensors(start):
-        try:
-            content = load_file(file)
-        except Exception as error:
-            raise MixheadError(f"{file} is truncated or corrupt: download it again ({first_line(error)}).") from error
-    else:
+        return unpickle(file, allow, mmap=True)
+    if start.startswith(PICKLE):
+        return unpickle(file, allow, mmap=False)
+    if not is_safetensors(start):
         raise MixheadError(f"{file} is no file of weights: it is neither a torch.save file nor safetensors.")
-    return named_tensors(file, content, entry)
+    try:
+        return load_file(file)
+    except Exception as error:
+        raise MixheadError(f"{file} is truncated or corrupt: download it again ({first_line(error)}).") from error
 
 
 def read_start(file: Path) -> bytes:

@@ -1,5 +1,6 @@
 """Operators that compute exactly the selected heads."""
 
+from mixhead.ops.aggregated import AGGREGATED_IMPLEMENTATIONS, RelativeBias, aggregated_attention
 from mixhead.ops.api import IMPLEMENTATIONS, Choice, explain, head_attention
 from mixhead.ops.projections import (
     PROJECTIONS,
@@ -10,9 +11,12 @@ from mixhead.ops.projections import (
 )
 
 __all__ = [
+    "AGGREGATED_IMPLEMENTATIONS",
     "IMPLEMENTATIONS",
     "PROJECTIONS",
     "Choice",
+    "RelativeBias",
+    "aggregated_attention",
     "explain",
     "explain_projection",
     "head_attention",

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from mixhead.errors import MixheadError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "source"
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-w")
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
 TIMEOUT_S = 600
 
 # Instruction sets, the best first, with the flags that let the compiler use them.
@@ -155,7 +156,7 @@ def library(level: str) -> Path:
 
 
 def compile_command(level: str) -> list[str]:
-    """The compiler and its arguments, without the output."""
+    """The compiler and its arguments, without files."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     compiler = next((c for c in candidates if shutil.which(c)), candidates[0])
     home = Path(torch.__file__).parent
@@ -165,28 +166,32 @@ def compile_command(level: str) -> list[str]:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         *(LEVELS[level] if platform.machine().lower() in ("x86_64", "amd64") else ()),
         f"-I{home / 'include'}",
-        *(str(SOURCES / name) for name in ("operator.cpp", "projections.cpp")),
-        f"-L{home / 'lib'}",
-        "-ltorch_cpu",
-        "-lc10",
     ]
 
 
 def compile_into(path: Path, command: list[str]) -> None:
-    """Compiles beside `path` and moves the result there in one step, its checksum first."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder:
+    """Compiles beside `path`, all sources at once, and moves the result there in one step, its checksum first."""
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder, ThreadPoolExecutor() as pool:
+        objects = {source: Path(folder) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
+        list(pool.map(lambda source: compile_file([*command, "-c", str(source)], objects[source]), objects))
         made = Path(folder) / "kernel.so"
-        try:
-            run = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired as error:
-            raise BuildError(f"{command[0]} took longer than {TIMEOUT_S} seconds") from error
-        if run.returncode != 0 or not made.exists():
-            first_line = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr[:200])
-            raise BuildError(f"{command[0]} failed: {first_line}")
+        compile_file([*command, "-shared", *map(str, objects.values()), *libraries], made)
         checksum = Path(folder) / "checksum"
         checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         checksum.replace(path.with_suffix(".sha256"))
         made.replace(path)
+
+
+def compile_file(command: list[str], out: Path) -> None:
+    """Runs the compiler; a `BuildError` says what it said."""
+    try:
+        run = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} took longer than {TIMEOUT_S} seconds") from error
+    if run.returncode != 0 or not out.exists():
+        first_line = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr[:200])
+        raise BuildError(f"{command[0]} failed: {first_line}")
 
 
 def is_whole(path: Path) -> bool:

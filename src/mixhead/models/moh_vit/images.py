@@ -1,0 +1,35 @@
+"""The image processor of MoH-ViT: how the published models are evaluated."""
+
+from __future__ import annotations
+
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import is_torchvision_available
+
+from mixhead.errors import MixheadError
+from mixhead.models.moh_vit.configuration import MoHTransNeXtConfig
+
+CROPPED_SHARE = 0.875
+BICUBIC = 3  # as Pillow numbers them
+
+
+def image_processor(config: MoHTransNeXtConfig) -> ImageProcessingMixin:
+    """Bicubic resize of the shorter side, centre crop of 87.5% (256 to 224 pixels), ImageNet's mean and deviation.
+
+    Raises:
+        MixheadError: where Pillow is not installed.
+    """
+    try:
+        if is_torchvision_available():
+            from transformers.models.bit.image_processing_bit import BitImageProcessor as Processor
+        else:
+            from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil as Processor
+        return Processor(
+            size={"shortest_edge": int(config.image_size / CROPPED_SHARE)},
+            crop_size={"height": config.image_size, "width": config.image_size},
+            resample=BICUBIC,
+            image_mean=IMAGENET_DEFAULT_MEAN,
+            image_std=IMAGENET_DEFAULT_STD,
+        )
+    except ImportError as error:
+        raise MixheadError("Images need Pillow: install it with `pip install 'mixhead[vision]'`.") from error

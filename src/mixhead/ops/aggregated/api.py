@@ -1,0 +1,96 @@
+"""`aggregated_attention`: checks its arguments and picks an implementation.
+
+Shape legend of this folder: B batch, N = Y * X queries and keys of a map, T pooled keys, H heads, D head dim,
+L = window ** 2 positions of the local window in rows from its upper left corner.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from mixhead.errors import MixheadError
+from mixhead.ops.aggregated import cpu, portable, reference
+from mixhead.ops.aggregated.arguments import AggregatedArguments, RelativeBias
+from mixhead.routing import Routing
+
+
+class Aggregate(Protocol):
+    """What an implementation is: checked arguments in, [B, H, N, D] out."""
+
+    def __call__(self, a: AggregatedArguments, /) -> Tensor: ...
+
+
+AGGREGATED_IMPLEMENTATIONS: dict[str, Aggregate] = {
+    "reference": reference.attend,
+    "portable": portable.attend,
+    "cpu": cpu.attend,
+}
+
+
+def aggregated_attention(
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    routing: Routing | None,
+    *,
+    size: tuple[int, int],
+    query_embedding_HD: Tensor,
+    temperature_H: Tensor,
+    local_bias_HL: Tensor,
+    pool_bias: RelativeBias,
+    learnable_tokens_HDL: Tensor,
+    learnable_bias_HL: Tensor,
+    impl: str = "auto",
+) -> Tensor:
+    """Aggregated attention of the selected heads, times their gates (TransNeXt, arXiv 2311.17132; MoH eq. 4).
+
+    With unit vectors u(x) = x / |x|, the query of a token at row y and column x,
+
+        s = (u(q) + query embedding) * temperature * log(number of keys that the token sees)
+
+    has the scores s . u(k) + local bias for the L keys of the window around (y, x), those outside of the map left out,
+    and s . u(k) + pool bias for all T pooled keys. One softmax over both gives the weights. To those of the window,
+    u(q) . learnable tokens + learnable bias is added after the softmax.
+
+    Args:
+        q_BHND: queries of a map, row by row, not normalised.
+        k_BHND: keys of the same map, not normalised.
+        v_BHND: values of the same map.
+        k_BHTD: pooled keys, not normalised.
+        v_BHTD: pooled values.
+        routing: gates and selected heads, [B, N, H]; None for all heads with the gate 1.
+        size: rows Y and columns X of the map.
+        query_embedding_HD: added to unit queries.
+        temperature_H: positive.
+        local_bias_HL: added to the scores of the window.
+        pool_bias: added to the scores of the pooled keys.
+        learnable_tokens_HDL: see above.
+        learnable_bias_HL: see above.
+        impl: "auto" or one of `AGGREGATED_IMPLEMENTATIONS`.
+
+    Returns:
+        [B, H, N, D] in the dtype of the values: zero where a head is not selected.
+
+    Raises:
+        MixheadError: where shapes or the name of the implementation do not fit.
+    """
+    gates_BNH = None if routing is None else routing.gates_BNH
+    selected_BNH = None if routing is None else routing.selected_BNH
+    arguments = AggregatedArguments(
+        q_BHND, k_BHND, v_BHND, k_BHTD, v_BHTD, gates_BNH, selected_BNH, size, query_embedding_HD, temperature_H,
+        local_bias_HL, pool_bias, learnable_tokens_HDL, learnable_bias_HL,
+    )  # fmt: skip
+    arguments.check()
+    if impl == "auto":
+        impl = "cpu"
+    if impl not in AGGREGATED_IMPLEMENTATIONS:
+        raise MixheadError(
+            f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(AGGREGATED_IMPLEMENTATIONS)}."
+        )
+    if impl == "cpu" and cpu.refusal(arguments):
+        impl = "portable"
+    return AGGREGATED_IMPLEMENTATIONS[impl](arguments)
