@@ -17,18 +17,15 @@ __all__ = ["attend", "available", "best_level", "build", "pays", "refusal"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-# From how many queries on the kernel is faster than the stock one on all heads and the gating after it, whatever the
-# routing: measured with `mixhead bench core` (1 thread, 16 heads of 64). Fewer keys and narrower heads were slower or
-# not measured.
-MIN_QUERIES = {torch.float32: 32, torch.bfloat16: 192}
-# And up to how many queries, as in decoding.
-MAX_FEW_QUERIES = {torch.float32: 16, torch.bfloat16: 4}
-# torch.compile fuses the gating, so there the stock kernel alone has to be beaten, at 100% of the heads too.
+# With heads at least so wide the kernel is faster than the stock one on all heads and the gating after it, at every
+# size measured, from one query and one key on and whatever the routing: `mixhead bench core` (1 thread). Narrower heads
+# were slower or not measured.
+MIN_HEAD_DIM = 32
+# torch.compile fuses the gating, so there the stock kernel alone has to be beaten, at 100% of the heads too: from so
+# many queries on, or up to so many against so many keys, as in decoding.
 MIN_QUERIES_COMPILED = {torch.float32: 512, torch.bfloat16: 1024}
 MAX_FEW_QUERIES_COMPILED = {torch.float32: 4, torch.bfloat16: 0}
 MIN_KEYS_COMPILED = 256
-MIN_KEYS = 16
-MIN_HEAD_DIM = 32
 # The instruction sets on which that holds. bf16 without its own instructions goes through float32.
 LEVELS = {torch.float32: ("amx", "avx512_bf16", "avx512"), torch.bfloat16: ("amx", "avx512_bf16")}
 
@@ -49,9 +46,8 @@ def pays(q_BHND: Tensor, k_BKTD: Tensor) -> bool:
     """Whether the kernel is faster than the stock one, by dtype and shape alone: nothing is built or counted."""
     if best_level() not in LEVELS.get(q_BHND.dtype, ()):
         return False
-    queries, head_dim, keys = q_BHND.shape[2], q_BHND.shape[3], k_BKTD.shape[2]
-    compiled = torch.compiler.is_compiling()
-    least = (MIN_QUERIES_COMPILED if compiled else MIN_QUERIES)[q_BHND.dtype]
-    few = (MAX_FEW_QUERIES_COMPILED if compiled else MAX_FEW_QUERIES)[q_BHND.dtype]
-    least_keys = MIN_KEYS_COMPILED if compiled and queries <= few else MIN_KEYS
-    return (queries <= few or queries >= least) and keys >= least_keys and head_dim >= MIN_HEAD_DIM
+    if q_BHND.shape[3] < MIN_HEAD_DIM or not torch.compiler.is_compiling():
+        return q_BHND.shape[3] >= MIN_HEAD_DIM
+    queries, keys = q_BHND.shape[2], k_BKTD.shape[2]
+    few = queries <= MAX_FEW_QUERIES_COMPILED[q_BHND.dtype] and keys >= MIN_KEYS_COMPILED
+    return few or queries >= MIN_QUERIES_COMPILED[q_BHND.dtype]

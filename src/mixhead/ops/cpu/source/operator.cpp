@@ -347,10 +347,10 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
   Tensor out = empty_by_token(q);
   Tensor stats = at::zeros({2, q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   const Shape shape{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), causal, float(scale)};
-  if (few_rows(shape, view_of_gates<const bool>(selected))) {
-    const auto run = q.scalar_type() == at::kFloat ? run_decode<float> : run_decode<BFloat>;
-    run(shape, q, k, v, gates, selected, mask, out, stats);
-  } else if (q.scalar_type() == at::kFloat) {
+  const bool in_float = q.scalar_type() == at::kFloat;
+  if ((in_float ? few_rows<float> : few_rows<BFloat>)(shape, view_of_gates<const bool>(selected))) {
+    (in_float ? run_decode<float> : run_decode<BFloat>)(shape, q, k, v, gates, selected, mask, out, stats);
+  } else if (in_float) {
     Call<float, float> call(q, k, v, gates, selected, mask, causal, scale);
     run_forward(call, out, stats);
   } else {
