@@ -133,6 +133,26 @@ def test_layouts():
 
 
 @needs_kernel
+@pytest.mark.parametrize("queries", [2, 70, 400])  # the kernels for few rows, for some and for many
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_may_begin_at_any_number(dtype, queries):
+    """Slices of a larger buffer do not begin where vectors would like them to."""
+
+    def shifted(x):
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    def results(*tensors):
+        *leaves, selected, grad = tensors
+        out = head_attention(*(t.requires_grad_() for t in leaves[:3]), Routing(leaves[3], selected), impl="cpu")
+        return [out.detach(), *torch.autograd.grad(out, leaves[:3], grad)]
+
+    inputs = make(queries, share=0.8, dtype=dtype)
+    inputs = (*inputs, torch.randn_like(inputs[0]))
+    for a, b in zip(results(*map(shifted, inputs)), results(*inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_kernel
 @pytest.mark.parametrize("causal", [False, True])
 def test_bf16_errors_are_those_of_the_stock_kernel(causal):
     q, k, v, _, selected = make(333, share=1.1, dtype=torch.bfloat16)
@@ -232,6 +252,28 @@ def test_the_number_of_threads_does_not_matter():
         assert torch.equal(other[0], results[0][0])
         for a, b in zip(other, results[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="how long each thread ran is read from /proc")
+def test_it_runs_on_several_threads():
+    """By the time that each thread of a fresh process has spent: without OpenMP the first one does all the work."""
+    script = """if True:
+        import os, pathlib, torch
+        from mixhead.ops import head_attention
+        from mixhead.routing import Routing
+        torch.set_num_threads(2)
+        q, k, v = torch.ones(3, 1, 4, 1500, 64)
+        routing = Routing.from_gates(torch.ones(1, 1500, 4))
+        for _ in range(20):
+            head_attention(q, k, v, routing, impl="cpu")
+        tasks = pathlib.Path("/proc/self/task").iterdir()
+        ticks = [int((task / "stat").read_text().rsplit(") ")[1].split()[11]) for task in tasks]
+        print(sum(spent >= 10 for spent in ticks))
+    """
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) >= 2
 
 
 @needs_kernel

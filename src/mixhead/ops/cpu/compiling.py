@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "source"
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
+OPENMP = "-fopenmp"
 TIMEOUT_S = 600
 
 # Instruction sets, the best first, with the flags that let the compiler use them.
@@ -166,7 +168,17 @@ def compile_command(level: str) -> list[str]:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         *(LEVELS[level] if platform.machine().lower() in ("x86_64", "amd64") else ()),
         f"-I{home / 'include'}",
+        *openmp(compiler),
     ]
+
+
+def openmp(compiler: str) -> list[str]:
+    """What makes PyTorch's `parallel_for`, a template of its headers, use threads.
+
+    GCC's calls are then bound to the OpenMP library that PyTorch brings along, so nothing is linked: a second one would
+    have a second set of threads. Other compilers call another library; there the kernel runs on one thread.
+    """
+    return [OPENMP] if sys.platform == "linux" and "clang" not in Path(compiler).name else []
 
 
 def compile_into(path: Path, command: list[str]) -> None:
@@ -176,7 +188,8 @@ def compile_into(path: Path, command: list[str]) -> None:
         objects = {source: Path(folder) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
         list(pool.map(lambda source: compile_file([*command, "-c", str(source)], objects[source]), objects))
         made = Path(folder) / "kernel.so"
-        compile_file([*command, "-shared", *map(str, objects.values()), *libraries], made)
+        link = [argument for argument in command if argument != OPENMP]
+        compile_file([*link, "-shared", *map(str, objects.values()), *libraries], made)
         checksum = Path(folder) / "checksum"
         checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         checksum.replace(path.with_suffix(".sha256"))

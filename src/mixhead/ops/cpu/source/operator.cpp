@@ -169,19 +169,19 @@ template <>
 struct Units<BFloat> : MatrixUnits {};
 
 #if defined(__AVX512BF16__)
-// Consecutive blocks of a head. A thread packs the head's keys and values when it meets the first of them.
+// Consecutive blocks of a head. A thread packs the head's keys and values when it comes from another head.
 struct Piece {
   int64_t first, end;
   bool on_matrix_units;
 };
 
+// Whole heads where there are plenty; else a few blocks at a time, so that threads which share heads end together.
 template <class In>
 std::vector<Piece> cut_into_pieces(const std::vector<BlockOfRows>& blocks, int64_t heads) {
-  const int64_t wanted = 4 * at::get_num_threads(), pieces_of_head = heads >= wanted ? 1 : (wanted + heads - 1) / heads;
+  const int64_t count = int64_t(blocks.size()), size = heads >= 4 * at::get_num_threads() ? count : 4;
   std::vector<Piece> pieces;
-  for (int64_t first = 0, end, count = int64_t(blocks.size()); first < count; first = end) {
+  for (int64_t first = 0, end; first < count; first = end) {
     for (end = first; end < count && blocks[end].bk == blocks[first].bk;) ++end;
-    const int64_t size = (end - first + pieces_of_head - 1) / pieces_of_head;
     for (int64_t at = first; at < end; at += size) {
       pieces.push_back({at, std::min(at + size, end), MatrixForward<In>::pays(end - first)});
     }
