@@ -255,6 +255,14 @@ void run_forward(Call<In, Op>& call, const Tensor& out, const Tensor& stats) {
   }
 }
 
+// Into how many pieces each of `lists` is cut, so that at most a tenth of the threads' time is idle.
+inline int64_t even_pieces(int64_t lists, int64_t threads) {
+  int64_t pieces = 1;
+  const auto idle = [&] { return round_up(lists * pieces, threads) - lists * pieces; };
+  while (lists > 0 && 10 * idle() > round_up(lists * pieces, threads)) ++pieces;
+  return pieces;
+}
+
 template <class In, class Op>
 void run_backward(Call<In, Op>& call, const Tensor& grad_, const Tensor& out, const Tensor& stats, const Tensor& dq,
                   const Tensor& dk, const Tensor& dv, const Tensor& dgates) {
@@ -268,10 +276,9 @@ void run_backward(Call<In, Op>& call, const Tensor& grad_, const Tensor& out, co
   call.pack();
   clear_unselected(s, call.selected, dq_view);
 
-  // A piece of work owns the key and value gradients of one key-value head. Where there are fewer of those than threads,
-  // a head's blocks are dealt out to several pieces, whose sums are added up in order.
-  const int64_t lists = s.B * s.K, threads = at::get_num_threads();
-  const int64_t pieces = lists >= threads ? 1 : (threads + lists - 1) / lists;
+  // A piece of work owns the key and value gradients of one key-value head. Where whole heads would leave threads idle, a
+  // head's blocks are dealt out to several pieces, whose sums are added up in order.
+  const int64_t lists = s.B * s.K, pieces = even_pieces(lists, at::get_num_threads());
   const int64_t dim = Layout<In, Op>::padded_dim(s.D), size = Layout<In, Op>::padded_keys(s.T) * dim;
   std::vector<int64_t> first(lists + 1, 0);
   for (const BlockOfRows& block : call.blocks) ++first[block.bk + 1];
