@@ -5,10 +5,10 @@ from mixhead.convert import CalibrationConfig, CalibrationReport, MoHConfig, cal
 from mixhead.convert.store import load, save
 from mixhead.errors import MixheadError
 from mixhead.interop import from_official
-from mixhead.models.hugging_face import RoutingLog, RoutingTrace, record_routing, register_with_transformers
+from mixhead.models.hugging_face import RoutingTrace, register_with_transformers
 from mixhead.models.moh_vit import register_moh_vit
 from mixhead.nn import MixtureOfHeadAttention
-from mixhead.routing import Routing
+from mixhead.routing import Recording, Routing, RoutingLog, record_routing, stream_routing
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "MixheadError",
     "MixtureOfHeadAttention",
     "MoHConfig",
+    "Recording",
     "Routing",
     "RoutingLog",
     "RoutingTrace",
@@ -29,6 +30,7 @@ __all__ = [
     "record_routing",
     "revert",
     "save",
+    "stream_routing",
 ]
 
 # The one thing done at import: transformers can only load a model type that it has been told about.
