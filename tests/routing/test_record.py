@@ -56,6 +56,7 @@ def test_layers_and_labels_of_every_call(tmp_path):
     assert tokens.row.tolist() == [0, 0, 0, 1, 1, 1] * 2
     assert tokens.position.tolist() == [0, 1, 2] * 4
     assert tokens.sequence.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert recording.shared == {"layers.0": [0], "layers.1": [0]}
     exact_BNH = log.layers[1][1].selected_BNH
     assert np.array_equal(recording.selected("layers.1")[:6], exact_BNH.reshape(6, 4).numpy())
 

@@ -105,11 +105,13 @@ class RoutingLog(CallCounter):
         self.calls: list[Call] = []
 
     def record(self, name: str, routing: Routing) -> None:
-        """Keeps the selection and the gates, detached."""
+        """Keeps selection, gates and probabilities, detached."""
         mask = routing.token_mask_BN
         kept = Routing(
             gates_BNH=routing.gates_BNH.detach().cpu(),
             selected_BNH=routing.selected_BNH.cpu(),
+            probs_BNH=None if routing.probs_BNH is None else routing.probs_BNH.detach().cpu(),
+            num_routed_heads=routing.num_routed_heads,
             token_mask_BN=None if mask is None else mask.cpu(),
         )
         self.calls.append(self.call_of(name, kept))

@@ -77,12 +77,16 @@ class RecordingWriter:
         self._chunks: dict[bytes, int] = {}  # of the present call
         self._call, self._num_chunks, self._num_tokens = -1, 0, 0
         self.names: dict[str, dict[int, str]] = {}
+        self._competes: dict[str, Tensor] = {}  # by layer: the heads that have ever had a probability
         self._spool("starts", np.int64, ()).append(np.zeros(1, np.int64))
 
     def add(self, layer: str, routing: Routing, call: Call) -> None:
         """Appends the routing of one layer in one call."""
         selected_BNH = routing.selected_BNH.detach().cpu()
         mask_BN = _mask(routing).cpu()
+        if routing.probs_BNH is not None:
+            competes_H = (routing.probs_BNH.detach() > 0).any(0).any(0).cpu()
+            self._competes[layer] = competes_H | self._competes.get(layer, competes_H)
         codes_TH, limits = encode(routing.gates_BNH.detach().float().cpu()[mask_BN], selected_BNH[mask_BN])
         known = self._spools.get(f"gates/{layer}")
         if known is not None and known.shape != codes_TH.shape[1:]:
@@ -136,6 +140,7 @@ class RecordingWriter:
         description = {
             "format": FORMAT,
             "layers": layers,
+            "shared": {layer: (~competes_H).nonzero()[:, 0].tolist() for layer, competes_H in self._competes.items()},
             "names": {label: {str(value): text for value, text in of.items()} for label, of in self.names.items()},
             "about": dict(about or {}),
         }
@@ -273,6 +278,8 @@ class Recording:
 
     Attributes:
         layers: names of the layers that routed, in the order in which they ran first.
+        shared: by layer, the heads that never compete, since every token uses them; where the router did not say which,
+            the layer is missing.
         names: for labels whose numbers stand for something: the text of each number.
         about: what was remembered of the model.
 
@@ -291,6 +298,7 @@ class Recording:
             if description["format"] != FORMAT:
                 raise ValueError(f"its format is {description['format']!r}, and this is {FORMAT!r}")
             self.layers: tuple[str, ...] = tuple(str(name) for name in description["layers"])
+            self.shared = {str(name): [int(head) for head in of] for name, of in description["shared"].items()}
             self.names = {
                 str(label): {int(value): str(text) for value, text in of.items()}
                 for label, of in description["names"].items()
