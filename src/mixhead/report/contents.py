@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixhead.errors import MixheadError
-from mixhead.report.pieces import readable
-from mixhead.report.statistics import Load, agreement, blocks_of, load_by, load_of, position_bins, words_of
+from mixhead.report.statistics import Bools, Load, agreement, blocks_of, load_by, load_of, position_bins, words_of
 from mixhead.report.word_classes import word_class
 from mixhead.routing.recording import Recording, Tokens
+from mixhead.tasks.pieces import readable
 
 PLACE_LABELS = ("token", "x", "y")
 MOST_GROUPS = 24
@@ -136,7 +136,8 @@ def read_contents(recording: Recording, most_tokens: int = 10_000) -> Contents:
             notes.append(f"{len(shown):,} of {len(tokens):,} tokens are shown; all of them count in the figures.")
         axis_texts = texts_of(recording, tokens, np.arange(len(tokens))) if "token" in tokens.labels else []
         labels = labels_of(recording, tokens, axis_texts)
-        block_T, codes, earlier = blocks_of(tokens), [], []
+        block_T, codes = blocks_of(tokens), []
+        earlier: list[tuple[str, Bools]] = []
         for layer in layers:
             codes_TH = recording.codes(layer)
             selected_TH = codes_TH > 0
@@ -172,8 +173,8 @@ def texts_of(recording: Recording, tokens: Tokens, rows: NDArray[np.intp]) -> li
     ids = tokens.labels["token"]
     order = rows[np.lexsort((tokens.position[rows], tokens.sequence[rows]))]
     found = [""] * len(tokens)
-    ends = np.flatnonzero(np.diff(tokens.sequence[order], append=-1)) + 1
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+    starts = np.flatnonzero(np.diff(tokens.sequence[order], prepend=-1))
+    for start, end in zip(starts, [*starts[1:], len(order)], strict=False):
         mine = order[start:end]
         pieces = [names.get(int(token), f"⟨{token}⟩" if token >= 0 else "⟨?⟩") for token in ids[mine]]
         for row, text in zip(mine, readable(pieces), strict=True):
@@ -208,7 +209,7 @@ def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], 
     ends = [*first[1:], len(shown)]
     found = []
     diffuses = "time_step" in tokens.labels
-    for number, (start, end) in enumerate(zip(first, ends, strict=True)):
+    for number, (start, end) in enumerate(zip(first, ends, strict=False)):
         row = int(shown[start])
         picture = int(tokens.row[row]) if diffuses else int(tokens.sequence[row])
         groups = [

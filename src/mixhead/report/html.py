@@ -95,7 +95,7 @@ def data_of(contents: Contents, pictures: Sequence[bytes] = ()) -> dict[str, Any
         "subtitle": subtitle(contents),
         "footer": footer(contents),
         "findings": [*in_words({short_title(short[n]): contents.loads[n] for n in names}, shared_of(contents, short))],
-        "start": max(range(len(names)), key=lambda i: np.std(layers[i]["load"])),
+        "start": names.index(most_telling(contents)),
         "layers": layers,
         "axes": [axis_data(axis, contents, number) for axis in contents.axes],
         "times": times,
@@ -111,6 +111,12 @@ def data_of(contents: Contents, pictures: Sequence[bytes] = ()) -> dict[str, Any
         else [],
         "pictures": [data_address(picture) for picture in pictures],
     }
+
+
+def most_telling(contents: Contents) -> str:
+    """The layer whose heads tell most about a token: they are used neither always nor never."""
+    spread = {name: float((load.share_H * (1 - load.share_H)).sum()) for name, load in contents.loads.items()}
+    return max(contents.recording.layers, key=spread.__getitem__)
 
 
 def layer_data(contents: Contents, name: str, short: str, axis: int, column: int) -> dict[str, Any]:
@@ -185,19 +191,20 @@ def parts_data(contents: Contents, number: Mapping[str, int]) -> list[dict[str, 
         axis = contents.axes[a]
         sequence = axis.sequences[s]
         name = sequence.title if sequence.time is None else f"{sequence.title}, time step {sequence.time:g}"
-        loads = loads_data(sequence_loads(axis, sequence.first, sequence.count), number)
+        loads = loads_data(sequence_loads(contents, axis, sequence.first, sequence.count), number)
         parts.append({"kind": "One by one", "name": name, "sequence": [a, s], **loads})
     return parts
 
 
-def sequence_loads(axis: Axis, first: int, count: int) -> dict[str, Load]:
+def sequence_loads(contents: Contents, axis: Axis, first: int, count: int) -> dict[str, Load]:
     """Loads of the layers of an axis among the tokens of one sequence."""
-    used_NX = axis.codes_TX[first : first + count] > 0
-    heads = axis.codes_TX.shape[1] // len(axis.layers)
     block_N = np.arange(count) // BLOCK
-    return {
-        name: load_of(used_NX[:, place * heads : (place + 1) * heads], block_N) for place, name in enumerate(axis.layers)
-    }
+    loads, column = {}, 0
+    for name in axis.layers:
+        heads = len(contents.loads[name].share_H)
+        loads[name] = load_of(axis.codes_TX[first : first + count, column : column + heads] > 0, block_N)
+        column += heads
+    return loads
 
 
 def loads_data(loads: Mapping[str, Load], number: Mapping[str, int]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Statistics of routings, over plain arrays.
 
 Neighbouring tokens are alike, so they are no independent observations: errors are computed over blocks of up to 64
-tokens of one sequence (`blocks_of`), of which each counts as one observation of its mean. Bands that treated every token
-as independent would be several times too narrow.
+tokens of one sequence (`blocks_of`), of which each counts as one observation. Bands that treated every token as
+independent would be several times too narrow.
 
 Shape legend: T tokens, H heads, I heads of another layer.
 """
@@ -143,8 +143,8 @@ def co_activation(selected_TH: Bools) -> Floats:
 def agreement(selected_TH: Bools, selected_TI: Bools) -> float:
     """How alike two layers sort the same tokens, 0 to 1, whatever the numbers of their heads (linear CKA).
 
-    1 where tokens that use the same heads in one layer use the same heads in the other; 0 where knowing the heads of one
-    layer says nothing of the other, or where a layer treats all tokens alike.
+    1 where tokens that use the same heads in one layer use the same heads in the other; 0 where knowing the heads of
+    one layer says nothing of the other, or where a layer treats all tokens alike.
     """
     first_TH, second_TI = selected_TH - selected_TH.mean(0), selected_TI - selected_TI.mean(0)
     scale = np.linalg.norm(first_TH.T @ first_TH) * np.linalg.norm(second_TI.T @ second_TI)
