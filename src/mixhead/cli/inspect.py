@@ -16,6 +16,7 @@ from mixhead.convert import store
 from mixhead.errors import MixheadError
 from mixhead.report.contents import Contents, read_contents
 from mixhead.report.html import write_html
+from mixhead.report.names import short_names
 from mixhead.report.plots import plot_load_by, plot_loads
 from mixhead.report.terminal import terminal_view
 from mixhead.routing import Recording
@@ -96,7 +97,7 @@ def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
     if len(given) > 1:
         raise MixheadError("Give either texts (--text), a prompt (--prompt) or pictures (--images).")
     folder = model_folder(source)
-    about = {"model": source}
+    about = {"model": Path(source).name}
     if inputs.images is not None:
         network = store.load(folder)
         try:
@@ -119,14 +120,13 @@ def name_and_text(given: str) -> tuple[str, list[str]]:
 
 
 def named_layer(contents: Contents, name: str) -> str:
-    """The layer of that name or number.
+    """The layer of that name, long or short.
 
     Raises:
         MixheadError: where there is none.
     """
     layers = contents.recording.layers
-    if name in layers:
-        return name
-    if name.lstrip("-").isdigit() and -len(layers) <= int(name) < len(layers):
-        return layers[int(name)]
-    raise MixheadError(f"There is no layer {name!r}: give a number from 0 to {len(layers) - 1}, or {layers[0]!r}.")
+    known = {**{layer: layer for layer in layers}, **dict(zip(short_names(layers), layers, strict=True))}
+    if name not in known:
+        raise MixheadError(f"No layer {name!r} routes: choose one of {', '.join(short_names(layers))}.")
+    return known[name]

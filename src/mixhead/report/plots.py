@@ -43,7 +43,7 @@ def plot_load_by(contents: Contents, label: str, file: Path, layer: str | None =
     heads = competing_heads(contents, layer)
     plt = pyplot()
     figure, axes = plt.subplots(
-        figsize=(max(4.0, 0.09 * len(heads) * (len(groups) + 1) + 1.2), 2.8), layout="constrained"
+        figsize=(max(4.0, 0.09 * len(heads) * (len(groups) + 1) + 1.2), 3.0), layout="constrained"
     )
     width = 0.85 / len(groups)
     for place, group in enumerate(groups):
@@ -62,7 +62,7 @@ def plot_load_by(contents: Contents, label: str, file: Path, layer: str | None =
     axes.set_xlabel(f"head of {layer}")
     axes.set_ylabel("share of tokens")
     axes.set_ylim(0, 1)
-    axes.legend(title=label, fontsize=7, title_fontsize=7, ncols=min(len(groups), 4), loc="upper center")
+    figure.legend(title=label, fontsize=7, title_fontsize=7, ncols=4, loc="outside upper center", frameon=False)
     save(figure, file)
 
 

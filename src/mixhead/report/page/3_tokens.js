@@ -1,5 +1,5 @@
 // The text, each token in the colour of its most telling head, with a strip of all heads beneath.
-const PARAGRAPH = 150, STRIP_HEADS = 32;
+const STRIP_HEADS = 32;
 const patterns = new Map(); // which heads are used, as text -> number of the style rule
 const patternStyle = document.head.appendChild(make("style"));
 
@@ -28,17 +28,18 @@ function showPiece(element, text) {
 function drawText(place, axisNumber, sequence) {
   const axis = D.axes[axisNumber], { first, count, title } = sequence, spans = [];
   const flow = make("div", { className: "flow", role: "listbox", tabIndex: 0, dir: "auto", "aria-label": `${title}, ${count} tokens` });
-  for (let start = 0; start < count; start += PARAGRAPH) {
-    const paragraph = make("p", { role: "presentation", dir: "auto" });
-    for (let i = start; i < Math.min(start + PARAGRAPH, count); i++) {
-      const span = make("span", { className: "t", role: "option" });
-      span.setAttribute("aria-selected", "false");
-      span._token = i;
-      showPiece(span, axis.texts[first + i]);
-      spans.push(span);
-      paragraph.append(span);
-    }
-    flow.append(paragraph);
+  let paragraph = null;
+  for (let i = 0; i < count; i++) {
+    const text = axis.texts[first + i];
+    paragraph ??= flow.appendChild(make("p", { role: "presentation", dir: "auto" }));
+    const span = make("span", { className: "t", role: "option" });
+    span.setAttribute("aria-selected", "false");
+    span._token = i;
+    showPiece(span, text);
+    spans.push(span);
+    paragraph.append(span);
+    // The browser lays out only the paragraphs in sight, so there must be many; a sentence's end is a good place.
+    if (paragraph.childElementCount >= (/[.!?。]\s*$|\n$/.test(text) ? 120 : 400)) paragraph = null;
   }
   if (!count) flow.append(make("p", { className: "empty", textContent: "There is no token here." }));
   place.append(make("h3", { textContent: title }), flow);
@@ -125,9 +126,16 @@ function describe(axisNumber, token, text, where) {
     svg,
     make("p", { className: "hint", textContent: "Layers from left to right, heads from top to bottom; filled: used." }),
     ...lines.map((line) => make("p", { textContent: line })),
+    closing,
   );
   byId("spoken").textContent = `${text}. ${lines.join(" ")}`;
 }
+
+const closing = make("button", { type: "button", textContent: "Close", id: "close" });
+closing.addEventListener("click", () => {
+  state.token = null;
+  byId("detail").replaceChildren(make("p", { className: "empty", textContent: "Tap a token to see its heads." }));
+});
 
 function drawControls() {
   const slider = byId("layer"), time = byId("time");
