@@ -6,7 +6,8 @@ from mixhead.routing import Call, Recording, RecordingWriter, Routing
 
 HOSTILE = [
     "<script>document.title='taken'</script>", "</script><img src=x onerror=document.title='taken'>", "&amp;", '"\'',
-    " مرحبا", " שלום", " 😀", "👩\u200d👩\u200d👧", "\n", "\t", " ", "", "x" * 300, "\u2028", "{{data}}", "<!--", " the", ",",
+    " مرحبا", " שלום", " 😀", "👩\u200d👩\u200d👧", "\n", "\t", " ", "",
+    "x" * 300, "\u2028", "{{data}}", "<!--", " the", ",",
 ]  # fmt: skip
 
 
@@ -46,7 +47,9 @@ def picture_recording(path, *, steps=(), sizes=((4, 6), (2, 3)), heads=(2, 4)):
             labels = {"y": index_1N // columns, "x": index_1N % columns, "class": torch.tensor([0, 1])}
             if step is not None:
                 labels["time_step"] = torch.tensor([step, step])
-            writer.add(f"stages.{layer}.attn", Routing(selected_BNH.float(), selected_BNH), Call(call, 2 * call, 0, labels))
+            writer.add(
+                f"stages.{layer}.attn", Routing(selected_BNH.float(), selected_BNH), Call(call, 2 * call, 0, labels)
+            )
     writer.names = {"class": {0: "boat", 1: "bag"}}
     writer.close()
     return Recording(path)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from mixhead.cli import bench, convert, demo, doctor, evaluate, fetch, generate, inspect, recipes, train, tune
+from mixhead.cli import bench, convert, demo, doctor, evaluate, fetch, generate, inspect, play, recipes, train, tune
 from mixhead.errors import MixheadError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("train")(train.train)
 app.add_typer(recipes.app, name="recipes", help="The recipes that `mixhead train` runs: list and copy them.")
 app.command("fetch")(fetch.fetch)
 app.command("inspect")(inspect.inspect)
+app.command("play")(play.play)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 
