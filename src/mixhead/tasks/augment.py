@@ -144,9 +144,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
     "auto_contrast": lambda image, level, sign: ImageOps.autocontrast(image),
     "equalize": lambda image, level, sign: ImageOps.equalize(image),
     "invert": lambda image, level, sign: ImageOps.invert(image),
-    "rotate": lambda image, level, sign: image.rotate(
-        30.0 * level * sign, Image.Resampling.BICUBIC, fillcolor=GREY
-    ),
+    "rotate": lambda image, level, sign: image.rotate(30.0 * level * sign, Image.Resampling.BICUBIC, fillcolor=GREY),
     "posterize": lambda image, level, sign: ImageOps.posterize(image, max(4 - int(4 * level), 1)),
     "solarize": lambda image, level, sign: ImageOps.solarize(image, 256 - int(256 * level)),
     "solarize_add": lambda image, level, sign: image.point(

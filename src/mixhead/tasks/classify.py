@@ -83,7 +83,9 @@ class Classification:
             found = [m for m in self.maps if m.layer == layer]
         if not found:
             known = ", ".join(m.layer for m in self.maps) or "none: it is a dense model"
-            raise MixheadError(f"No map of {layer or 'heads'} can be drawn; the layers of the model that route: {known}.")
+            raise MixheadError(
+                f"No map of {layer or 'heads'} can be drawn; the layers of the model that route: {known}."
+            )
         return found[-1]
 
 

@@ -22,7 +22,10 @@ FASHION_CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 # What the splits of a data set are called on disk, the usual name first.
-SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train", "training"), "test": ("val", "validation", "valid", "test")}
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "test": ("val", "validation", "valid", "test"),
+}
 
 
 class LabelledImages(Protocol):
@@ -114,7 +117,9 @@ def open_images(where: str | Path, split: Split) -> LabelledImages:
         return fashion_mnist(data_folder(FASHION_MNIST), split)
     folder = Path(where)
     if not folder.is_dir():
-        raise MixheadError(f"The folder of images {folder} does not exist; the only data set by name is {FASHION_MNIST}.")
+        raise MixheadError(
+            f"The folder of images {folder} does not exist; the only data set by name is {FASHION_MNIST}."
+        )
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return dataset_images(folder, split)
     return folder_images(split_folder(folder, split))
