@@ -140,8 +140,8 @@ def open_both(where: str | Path) -> tuple[LabelledImages, LabelledImages]:
     unseen = sorted(used_classes(test) - used_classes(train))
     if unseen:
         raise MixheadError(
-            f"{where}: {quoted(unseen)} in what is evaluated on, but not in what is trained on: add images of it to the "
-            "training data or take it out."
+            f"{where}: {quoted(unseen)} in what is evaluated on, but not in what is trained on: add images of it to "
+            "the training data or take it out."
         )
     return train, renumbered(test, train.classes)
 
