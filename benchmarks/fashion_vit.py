@@ -116,9 +116,8 @@ def write_results(runs: Path) -> None:
         "\n\n"
         f"All arms: {recipe['epochs']} epochs of 60,000 images, batches of {recipe['batch_size']}, learning rate "
         f"{recipe['learning_rate']}, the recipes of the same name; measured on the 10,000 test images after the last "
-        "step. "
-        "Load: share of the patches that use the least and the most used of the heads that compete, mean of the layers, "
-        "in the last training step.\n\n"
+        "step. Load: share of the patches that use the least and the most used of the heads that compete, mean of the "
+        "layers, in the last training step.\n\n"
     )
     (RESULTS / "fashion_vit.md").write_text(head + table(results), encoding="utf-8")
     (RESULTS / "fashion_vit.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -64,7 +64,7 @@ def test_a_bad_image_is_replaced_by_the_next_and_named(images: FolderImages, cap
     with caplog.at_level(logging.WARNING):
         labels = [label for _, _, label in map(order(images, length=6).__getitem__, range(6))]
     assert sorted(labels) == [0, 0, 1, 1, 1, 1], "number 3, a dog, stood in"
-    assert "cat/2.png is damaged" in caplog.text
+    assert "cat/2.png is no image" in caplog.text
 
 
 def test_where_no_image_can_be_read_the_run_ends_with_a_sentence(images: FolderImages):

@@ -176,6 +176,28 @@ class Renumbered:
         return self.images.name(index)
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some of the images of another source."""
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    images: LabelledImages
+    indices: np.ndarray
+
+    def read(self, index: int) -> Image:
+        return self.images.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.indices[index]))
+
+
+def part(images: LabelledImages, number: int, parts: int) -> Part:
+    """Every `parts`-th image, from `number` on: what one of several processes looks at."""
+    indices = np.arange(number, len(images.labels), parts)
+    return Part(images.classes, images.labels[indices], images, indices)
+
+
 def used_classes(images: LabelledImages) -> set[str]:
     """The classes that at least one image has."""
     return {images.classes[label] for label in np.unique(images.labels)}
