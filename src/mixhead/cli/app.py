@@ -7,7 +7,20 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from mixhead.cli import bench, convert, demo, doctor, evaluate, fetch, generate, recipes, train, tune
+from mixhead.cli import (
+    bench,
+    classify,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    evaluate_images,
+    fetch,
+    generate,
+    recipes,
+    train,
+    tune,
+)
 from mixhead.errors import MixheadError
 
 app = typer.Typer(
@@ -20,6 +33,8 @@ app = typer.Typer(
 app.command("convert")(convert.convert)
 app.command("tune")(tune.tune)
 app.command("evaluate")(evaluate.evaluate)
+app.command("evaluate-images")(evaluate_images.evaluate_images)
+app.command("classify")(classify.classify)
 app.command("generate")(generate.generate)
 app.add_typer(bench.app, name="bench", help="Measure speed against dense attention, checked before it is timed.")
 app.command("train")(train.train)
