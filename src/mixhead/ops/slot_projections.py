@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mixhead.errors import MixheadError
 from mixhead.ops.api import Choice, autocast_together
+from mixhead.ops.cpu import projections as cpu_projections
 
 
 class ToSlots(Protocol):
@@ -115,6 +116,8 @@ def pick(impl: str, rows: Tensor, weight_EDC: Tensor, expert_BNS: Tensor) -> str
         return explain_slot_projection(rows, weight_EDC, expert_BNS).impl
     if impl not in SLOT_PROJECTIONS:
         raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(SLOT_PROJECTIONS)}.")
+    if impl == "cpu" and (cpu_projections.refusal(rows) or rows.numel() == 0 or weight_EDC.numel() == 0):
+        return "gathered"
     return impl
 
 
@@ -217,4 +220,5 @@ SLOT_PROJECTIONS: dict[str, SlotProjections] = {
     "reference": SlotProjections(reference_to_slots, reference_from_slots),
     "dense": SlotProjections(dense_to_slots, dense_from_slots),
     "gathered": SlotProjections(gathered_to_slots, gathered_from_slots),
+    "cpu": SlotProjections(cpu_projections.to_slots, cpu_projections.from_slots),
 }
