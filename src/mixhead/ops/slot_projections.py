@@ -19,6 +19,7 @@ from torch import Tensor
 from mixhead.errors import MixheadError
 from mixhead.ops.api import Choice, autocast_together
 from mixhead.ops.cpu import projections as cpu_projections
+from mixhead.ops.projections import dtype_of_products
 
 
 class ToSlots(Protocol):
@@ -105,7 +106,10 @@ def explain_slot_projection(rows: Tensor, weight_EDC: Tensor, expert_BNS: Tensor
         return Choice(
             "dense", f"listing the rows of experts would make the {rows.device.type} device wait for the host"
         )
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if (compiling or cpu_projections.pays(dtype_of_products(rows))) and cpu_projections.refusal(rows) is None:
+        return Choice("cpu", f"{slots} of {experts} experts are chosen: the C++ kernel skips the rest")
+    if compiling:
         return Choice("dense", "torch.compile needs static shapes, and the dense projection has them")
     return Choice("gathered", f"{slots} of {experts} experts are chosen: a loop over the experts skips the rest")
 

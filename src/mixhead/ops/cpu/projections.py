@@ -1,8 +1,8 @@
 """The projections of selected heads as operators of PyTorch: schemas, fake tensors and autograd.
 
 The compiled library adds the computation, `source/projections.h` tells how it works. Which heads a token uses is a
-`choice`: bool [B, N, H], or int64 [B, N, S], the head (expert) in each of its slots and H where one is empty. The rows of
-heads stand in a tensor [B, S, N, D], with a slot for every head (S = H) in the first case.
+`choice`: bool [B, N, H], or int64 [B, N, S], the head (expert) in each of its slots and H where one is empty. The rows
+of heads stand in a tensor [B, S, N, D], with a slot for every head (S = H) in the first case.
 
 Shape legend: B batch, N tokens, H heads, S slots, D head dim, C hidden size.
 """
