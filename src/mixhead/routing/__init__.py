@@ -1,6 +1,7 @@
 """Routing is a value: which heads each token uses, who decides it, and the losses that keep it balanced."""
 
-from mixhead.routing.losses import balance_loss
+from mixhead.routing.experts import ExpertRouter, ExpertRouting, LossWeights, expert_gates
+from mixhead.routing.losses import balance_loss, cv_loss, switch_loss, z_loss
 from mixhead.routing.routers import (
     BinaryRouter,
     LinearRouter,
@@ -14,13 +15,20 @@ from mixhead.routing.value import Routing
 
 __all__ = [
     "BinaryRouter",
+    "ExpertRouter",
+    "ExpertRouting",
     "LinearRouter",
+    "LossWeights",
     "OneStageRouter",
     "QueryNormRouter",
     "Routing",
     "TwoStageRouter",
     "balance_loss",
+    "cv_loss",
+    "expert_gates",
     "grouped_top_k_mask",
     "soft_selection",
+    "switch_loss",
     "top_k_mask",
+    "z_loss",
 ]
