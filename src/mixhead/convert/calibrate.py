@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixhead.convert.budget import share_out
+from mixhead.convert.dit import dit_sites, set_dit_layer_heads
 from mixhead.convert.refit import OutputTrace, routes
 from mixhead.convert.statistics import LayerFit, LossTrace, MeanTrace, ScoreTrace
 from mixhead.convert.swap import set_layer_heads
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import AttentionSite, LayerHeads, MoHModelMixin, RoutingTrace, find_sites
+from mixhead.models.moh_dit import MoHDiT
 from mixhead.routing import grouped_top_k_mask
 
 Batch = Tensor | Mapping[str, Any]
@@ -132,8 +134,49 @@ class CalibrationReport:
         return table
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A converted model as calibration sees it.
+
+    Attributes:
+        model: called with the batches' entries and `routing_trace`.
+        sites: its attention modules.
+        heads: heads of each.
+        groups: in how many groups of each equally many heads are active.
+        set_heads: gives the layer at an index other heads, with a fresh router.
+    """
+
+    model: nn.Module
+    sites: list[AttentionSite]
+    heads: list[LayerHeads]
+    groups: list[int]
+    set_heads: Callable[[int, LayerHeads], None]
+
+
+def subject_of(model: nn.Module) -> Subject:
+    """The model as calibration sees it; raises where it has no linear routers."""
+    if isinstance(model, MoHDiT) and model.config.router == "linear" and model.config.shared_heads is not None:
+        layers = list(model.config.layers)
+        return Subject(
+            model, dit_sites(model), layers, [1] * len(layers), lambda i, heads: set_dit_layer_heads(model, i, heads)
+        )
+    if not isinstance(model, MoHModelMixin) or model.config.moh["router"] != "linear":
+        raise MixheadError(
+            "mixhead.calibrate fits the linear router: convert the model with MoHConfig(router='linear')."
+        )
+    converted = cast(PreTrainedModel, model)
+    sites = find_sites(converted)
+    return Subject(
+        converted,
+        sites,
+        [LayerHeads(**layer) for layer in model.config.moh["layers"]],
+        [site.num_key_value_heads if model.config.moh["group_balanced"] else 1 for site in sites],
+        lambda i, heads: set_layer_heads(converted, sites[i], i, heads),
+    )
+
+
 def calibrate(
-    model: PreTrainedModel,
+    model: nn.Module,
     batches: Iterable[Batch],
     config: CalibrationConfig | None = None,
     on_progress: OnProgress | None = None,
@@ -144,8 +187,9 @@ def calibrate(
 
     Args:
         model: converted by `mixhead.convert` with the "linear" router; changed in place.
-        batches: what the model is to be fitted to: token ids [B, N], or the model's keyword arguments. Padding (by
-            `attention_mask`) does not count. They are kept in a list, since they are gone through more than once.
+        batches: what the model is to be fitted to: token ids [B, N], or the model's keyword arguments (for a DiT those
+            of `noised_batches`). Padding (by `attention_mask`) does not count. They are kept in a list, since they are
+            gone through more than once.
         config: how; the defaults suit a language model.
         on_progress: called with (steps done, all steps).
 
@@ -153,14 +197,11 @@ def calibrate(
         MixheadError: where the model has no linear routers, or batches are missing or give NaN.
     """
     config = CalibrationConfig() if config is None else config
-    if not isinstance(model, MoHModelMixin) or model.config.moh["router"] != "linear":
-        raise MixheadError(
-            "mixhead.calibrate fits the linear router: convert the model with MoHConfig(router='linear')."
-        )
+    subject = subject_of(model)
     kept = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in batches]
     if not kept:
         raise MixheadError("batches is empty: calibration needs at least one batch of real inputs.")
-    return Calibration(model, kept, config, on_progress).run()
+    return Calibration(subject, kept, config, on_progress).run()
 
 
 class Calibration:
@@ -168,16 +209,15 @@ class Calibration:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        subject: Subject,
         batches: list[dict[str, Any]],
         config: CalibrationConfig,
         on_progress: OnProgress | None,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config = subject.model, config
         self.batches = batches
-        self.sites = find_sites(model)
-        self.heads = [LayerHeads(**layer) for layer in model.config.moh["layers"]]
-        self.groups = [s.num_key_value_heads if model.config.moh["group_balanced"] else 1 for s in self.sites]
+        self.sites, self.heads, self.groups = subject.sites, subject.heads, subject.groups
+        self.set_heads = subject.set_heads
         self.pilots = self.batches[: config.pilot_batches]
         self.probe_batch = {
             name: value[: config.probe_sequences] if isinstance(value, Tensor) and value.dim() else value
@@ -315,7 +355,7 @@ class Calibration:
     def install(self, layers: Sequence[LayerHeads], fits: dict[str, LayerFit], shared: dict[str, Tensor]) -> None:
         """Writes what was fitted into the model."""
         for index, (site, heads) in enumerate(zip(self.sites, layers, strict=True)):
-            set_layer_heads(self.model, site, index, heads)
+            self.set_heads(index, heads)
             router: Any = site.module.moh_router
             if router is None:
                 continue
@@ -339,7 +379,7 @@ class Calibration:
 
     def run_model(self, batch: Mapping[str, Any], trace: RoutingTrace) -> Any:
         """One forward pass; counts as a step."""
-        device = self.model.device
+        device = device_of(self.model)
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         output = self.model(**inputs, routing_trace=trace)
         self.done += 1
@@ -370,10 +410,10 @@ class OnlyTrace(RoutingTrace):
 
 
 @contextmanager
-def evaluation(model: PreTrainedModel, autocast: torch.dtype | None) -> Iterator[None]:
+def evaluation(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
     """Evaluation mode without gradients, and every module's mode as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    context = nullcontext() if autocast is None else torch.autocast(model.device.type, autocast)
+    context = nullcontext() if autocast is None else torch.autocast(device_of(model).type, autocast)
     model.eval()
     try:
         with torch.no_grad(), context:
@@ -383,13 +423,18 @@ def evaluation(model: PreTrainedModel, autocast: torch.dtype | None) -> Iterator
             module.training = training
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are."""
+    return next(model.parameters()).device
+
+
 def comparable_output(outputs: Any) -> tuple[str, Tensor]:
     """What a model says, in a form that two runs can be compared in: ("logits", log-probabilities) or ("states", …)."""
     for name in ("logits", "logits_per_image"):
         logits = getattr(outputs, name, None)
         if logits is not None:
             return "logits", logits.float().log_softmax(-1)
-    states = getattr(outputs, "last_hidden_state", None)
+    states = outputs if isinstance(outputs, Tensor) else getattr(outputs, "last_hidden_state", None)
     return "states", (outputs[0] if states is None else states).float()
 
 

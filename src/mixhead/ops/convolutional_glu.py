@@ -57,9 +57,7 @@ def convolutional_glu(
     return GLU_IMPLEMENTATIONS[impl](hidden_BNK, bias_K, weight_M33, conv_bias_M, size)
 
 
-def check(
-    hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int]
-) -> None:
+def check(hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int]) -> None:
     """Raises a `MixheadError` that names the argument, the expected shape and the one received."""
     if hidden_BNK.dim() != 3 or conv_bias_M.dim() != 1:
         raise MixheadError(

@@ -11,7 +11,7 @@ from mixhead.routing.routers import (
     soft_selection,
 )
 from mixhead.routing.selection import grouped_top_k_mask, top_k_mask
-from mixhead.routing.value import Routing
+from mixhead.routing.value import Routing, mean_balance_loss
 
 __all__ = [
     "BinaryRouter",
@@ -27,6 +27,7 @@ __all__ = [
     "cv_loss",
     "expert_gates",
     "grouped_top_k_mask",
+    "mean_balance_loss",
     "soft_selection",
     "switch_loss",
     "top_k_mask",
