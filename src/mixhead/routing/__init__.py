@@ -3,7 +3,7 @@
 from mixhead.routing.losses import balance_loss
 from mixhead.routing.routers import BinaryRouter, LinearRouter, QueryNormRouter, TwoStageRouter, soft_selection
 from mixhead.routing.selection import grouped_top_k_mask, top_k_mask
-from mixhead.routing.value import Routing
+from mixhead.routing.value import Routing, mean_balance_loss
 
 __all__ = [
     "BinaryRouter",
@@ -13,6 +13,7 @@ __all__ = [
     "TwoStageRouter",
     "balance_loss",
     "grouped_top_k_mask",
+    "mean_balance_loss",
     "soft_selection",
     "top_k_mask",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixhead.routing import Routing
+from mixhead.routing import Routing, mean_balance_loss
 
 
 class RoutingTrace:
@@ -47,8 +47,7 @@ class RoutingTrace:
 
     def balance_loss(self) -> Tensor | None:
         """Mean of the layers' balance losses, as the official code averages them; None where nothing competes."""
-        losses = [routing.balance_loss for _, routing in self.layers if routing.probs_BNH is not None]
-        return torch.stack(losses).mean() if losses else None
+        return mean_balance_loss(routing for _, routing in self.layers)
 
 
 class JoinedTrace(RoutingTrace):

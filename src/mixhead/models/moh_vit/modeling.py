@@ -18,11 +18,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.moh_vit.attention import AggregatedAttention, CosineAttention, GlobalAttention
 from mixhead.models.moh_vit.configuration import MoHTransNeXtConfig
 from mixhead.models.moh_vit.positions import RelativePositions, Size, relative_positions
-from mixhead.routing import Routing, TwoStageRouter
+from mixhead.routing import Routing, TwoStageRouter, mean_balance_loss
 
 # softplus of the initial temperature is 1 / 0.24.
 INITIAL_TEMPERATURE = math.log(math.expm1(1 / 0.24))
@@ -272,14 +271,6 @@ class MoHTransNeXtForImageClassification(MoHTransNeXtPreTrainedModel):
         )
         wants_output = self.config.return_dict if return_dict is None else return_dict
         return output if wants_output else output.to_tuple()
-
-
-def mean_balance_loss(routings: Sequence[Routing]) -> Tensor | None:
-    """Mean of the balance losses of the layers whose heads compete; None where there is no such layer."""
-    trace = RoutingTrace()
-    for routing in routings:
-        trace.record("", routing)
-    return trace.balance_loss()
 
 
 def check_images(pixel_values: Tensor, config: MoHTransNeXtConfig) -> None:
