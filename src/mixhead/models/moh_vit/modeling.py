@@ -21,7 +21,7 @@ from mixhead.errors import MixheadError
 from mixhead.models.moh_vit.attention import AggregatedAttention, CosineAttention, GlobalAttention
 from mixhead.models.moh_vit.configuration import MoHTransNeXtConfig
 from mixhead.models.moh_vit.positions import RelativePositions, Size, relative_positions
-from mixhead.routing import Routing, TwoStageRouter, mean_balance_loss
+from mixhead.routing import OneStageRouter, Routing, TwoStageRouter, mean_balance_loss
 
 # softplus of the initial temperature is 1 / 0.24.
 INITIAL_TEMPERATURE = math.log(math.expm1(1 / 0.24))
@@ -141,7 +141,8 @@ def make_attention(config: MoHTransNeXtConfig, stage: int) -> CosineAttention:
     width, heads = config.hidden_sizes[stage], config.num_heads[stage]
     router = None
     if config.shared_heads is not None and config.top_k is not None:
-        router = TwoStageRouter(width, heads, config.shared_heads[stage], config.top_k[stage])
+        kind = TwoStageRouter if config.two_stage else OneStageRouter
+        router = kind(width, heads, config.shared_heads[stage], config.top_k[stage])
     if stage == config.num_stages - 1:
         return GlobalAttention(width, heads, router, config.qkv_bias)
     return AggregatedAttention(width, heads, router, config.window_size, config.qkv_bias)
