@@ -15,21 +15,22 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import platform
 import statistics as stats
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mixhead.tasks.drawing import write_png
 from mixhead.tasks.features import ClassifierFeatures
 from mixhead.tasks.generation_data import generation_images, pixel_inputs
 from mixhead.tasks.generation_metrics import ImageStatistics, compare, statistics
-from mixhead.tasks.image_files import write_png
 from mixhead.tasks.recipes import read_recipe
 from mixhead.tasks.sampling import SamplingConfig, class_names, grid, load_pipeline, sample_images
 from mixhead.tasks.training import train_recipe
@@ -50,14 +51,12 @@ GRID = SamplingConfig(steps=50, sampler="dpm", guidance=2.0, group=10, batch_siz
 def main() -> None:
     arguments = parse_arguments()
     extractor = ClassifierFeatures(arguments.runs / "features" / "model")
-    real: ImageStatistics | None = None
+    real = functools.cache(lambda: statistics(extractor, real_images()))
     for seed in arguments.seeds:
         for arm in ARMS:
             folder = arguments.runs / f"{arm.rstrip('%')}-{seed}"
-            if (folder / "result.json").is_file():
-                continue
-            real = real or statistics(extractor, real_images())
-            measure(arm, seed, folder, extractor, real, arguments)
+            if not (folder / "result.json").is_file():
+                measure(arm, seed, folder, extractor, real, arguments)
     write_results(arguments)
 
 
@@ -84,7 +83,7 @@ def measure(
     seed: int,
     folder: Path,
     extractor: ClassifierFeatures,
-    real: ImageStatistics,
+    real: Callable[[], ImageStatistics],
     arguments: argparse.Namespace,
 ) -> None:
     """Trains one arm, draws its images, compares them, writes result.json and grid.png."""
@@ -95,7 +94,7 @@ def measure(
     pipeline = load_pipeline(trained.folder)
     classes = len(class_names(pipeline))
     asked = [number % classes for number in range(arguments.images)]
-    quality = compare(extractor.name, statistics(extractor, sample_images(pipeline, asked, SAMPLING)), real)
+    quality = compare(extractor.name, statistics(extractor, sample_images(pipeline, asked, SAMPLING)), real())
     columns = [number % classes for number in range(6 * classes)]
     write_png(grid(torch.cat(list(sample_images(pipeline, columns, GRID))), classes), folder / "grid.png")
     result = {
@@ -158,7 +157,9 @@ def report(found: list[dict], arguments: argparse.Namespace) -> str:
 
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ On pixels, or on the latents of a VAE in a local folder, which are encoded once 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ class GenerationSettings:
 
     data: DataSettings
     model: dict[str, Any]
-    training: TrainingSettings = TrainingSettings()
+    training: TrainingSettings = field(default_factory=TrainingSettings)
     diffusion_steps: int = 1000
 
 

@@ -6,6 +6,7 @@ Shape legend: M images, C channels, Y rows, X columns.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -101,6 +102,13 @@ def pixel_inputs(images: LabelledImages, size: int, channels: int, mirrors: bool
     for index in range(count):
         kept[index] = inputs.eight_bits(index)
     return replace(inputs, kept_MCYX=kept)
+
+
+def image_tensors(images: LabelledImages, size: int, channels: int, batch: int = 50) -> Iterator[Tensor]:
+    """All images in their order, uint8 [B, C, Y, X], read one batch at a time."""
+    inputs = PixelInputs(images, size, channels)
+    for start in range(0, len(images.labels), batch):
+        yield torch.stack([inputs.eight_bits(index) for index in range(start, min(start + batch, len(images.labels)))])
 
 
 def generation_images(where: str | Path, split: Split = "train") -> LabelledImages:

@@ -1,7 +1,7 @@
 """How near generated images are to real ones: FID, sFID, Inception Score, precision and recall.
 
-As the ADM evaluator defines them (Dhariwal & Nichol, arXiv 2105.05233, section 2.2), on the features of a network that is
-named beside every figure: with any other network than Inception-v3 the figures can only be compared with each other.
+As the ADM evaluator defines them (Dhariwal & Nichol, arXiv 2105.05233, section 2.2), on the features of a network that
+is named beside every figure: with another network than Inception-v3 the figures can only be compared with each other.
 
 Features are folded into running sums as they come. What is kept besides is a random subset of a fixed size, for
 precision and recall.
@@ -144,8 +144,8 @@ def precision_recall(real_NF: Tensor, generated_MF: Tensor, neighbours: int = NE
     for features, what in ((real_NF, "real"), (generated_MF, "generated")):
         if len(features) <= neighbours:
             raise MixheadError(
-                f"Precision and recall need more than {neighbours} images of either kind, and there are {len(features)} "
-                f"{what} ones."
+                f"Precision and recall need more than {neighbours} images of either kind, and there are "
+                f"{len(features)} {what} ones."
             )
     precision = _covered(generated_MF, real_NF, _radii(real_NF, neighbours))
     recall = _covered(real_NF, generated_MF, _radii(generated_MF, neighbours))

@@ -194,9 +194,7 @@ class WeightAverage(TrainerCallback):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights under the names of the model's."""
-        return {
-            name: average.contiguous() for name, average in zip(self.names, self.ema.shadow_params, strict=True)
-        }
+        return {name: average.contiguous() for name, average in zip(self.names, self.ema.shadow_params, strict=True)}
 
     @torch.no_grad()
     def load_state_dict(self, weights: dict[str, Tensor], steps: int) -> None:

@@ -149,7 +149,7 @@ def _open_cache(folder: Path, asked: dict[str, Any]) -> None:
     if manifest.is_file():
         if json.loads(manifest.read_text(encoding="utf-8")) != asked:
             raise MixheadError(
-                f"The latents in {folder} belong to other images or another VAE: give another folder, or delete this one."
+                f"The latents in {folder} belong to other images or another VAE: give another folder, or delete it."
             )
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -62,8 +62,8 @@ class SamplingConfig:
             raise MixheadError(f"sampler={self.sampler!r} is unknown: choose one of {', '.join(get_args(Sampler))}.")
         if not 1.0 <= self.guidance <= LARGEST_GUIDANCE:
             raise MixheadError(
-                f"guidance={self.guidance} must be between 1 (none) and {LARGEST_GUIDANCE:g}; 1.25 to 4 are usual. Less "
-                "than 1 would draw away from the class, and images are garbage long before the limit."
+                f"guidance={self.guidance} must be between 1 (none) and {LARGEST_GUIDANCE:g}; 1.25 to 4 are usual. "
+                "Less than 1 would draw away from the class, and images are garbage long before the limit."
             )
 
 
@@ -117,7 +117,7 @@ def class_number(names: Sequence[str], wanted: str) -> int:
     if wanted.lstrip("-").isdigit():
         if not 0 <= int(wanted) < len(names):
             raise MixheadError(
-                f"The class {wanted} is out of range: the model knows 0 to {len(names) - 1} ({names[0]} to {names[-1]})."
+                f"The class {wanted} is out of range: the model knows 0 ({names[0]}) to {len(names) - 1} ({names[-1]})."
             )
         return int(wanted)
     numbers = {part.strip().casefold(): number for number, name in enumerate(names) for part in name.split(",")}
@@ -226,4 +226,6 @@ def grid(images_BCYX: Tensor, columns: int | None = None) -> Tensor:
     rows = -(-count // columns)
     filled = images_BCYX.new_zeros(rows * columns, channels, height, width)
     filled[:count] = images_BCYX
-    return filled.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4).reshape(channels, rows * height, -1)
+    return (
+        filled.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4).reshape(channels, rows * height, -1)
+    )
