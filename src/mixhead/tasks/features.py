@@ -129,6 +129,6 @@ def feature_extractor(name: str) -> FeatureExtractor:
 
         return InceptionFeatures(path)
     raise MixheadError(
-        f"The feature extractor {name} is unknown: give {EFFICIENTNET}, a file with the weights of Inception-v3, or the "
+        f"The features {name} are unknown: give {EFFICIENTNET}, a file with the weights of Inception-v3, or the "
         "folder of a small classifier (`mixhead train fashion-mnist-features` makes one)."
     )
