@@ -15,7 +15,7 @@ from transformers import set_seed
 from mixhead.errors import MixheadError
 from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig
 from mixhead.tasks.checkpoints import write_folder
-from mixhead.tasks.diffusion import GaussianDiffusion, noise_scheduler, require_diffusers
+from mixhead.tasks.diffusion import GaussianDiffusion
 from mixhead.tasks.generation_data import TrainingInputs, generation_images, pixel_inputs
 from mixhead.tasks.generation_trainer import DiffusionTrainer, TrainingSettings
 from mixhead.tasks.latents import cache_latents, load_vae
@@ -25,7 +25,7 @@ from mixhead.tasks.run import LOG, open_run, run_training
 from mixhead.tasks.training import TrainingResult
 
 if TYPE_CHECKING:
-    from mixhead.models.moh_dit.pipeline import MoHDiTPipeline
+    from mixhead.models.moh_dit import MoHDiTPipeline
 
 MANIFEST = "run.json"
 # Fields of a model that follow from the data.
@@ -68,13 +68,11 @@ class GenerationSettings:
         model: fields of `MoHDiTConfig`; `name` begins with a published configuration. Size, channels and classes follow
             from the data.
         training: how it is trained.
-        diffusion_steps: of the process that turns an image into noise.
     """
 
     data: DataSettings
     model: dict[str, Any]
     training: TrainingSettings = field(default_factory=TrainingSettings)
-    diffusion_steps: int = 1000
 
 
 def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
@@ -90,11 +88,12 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
             checkpoints that were complete stay.
         KeyboardInterrupt: after Ctrl-C, when the running step has ended and a checkpoint is written.
     """
+    from mixhead.models.moh_dit import ancestral_scheduler
+
     settings = settings_from(GenerationSettings, recipe.values)
-    require_diffusers()
+    scheduler = ancestral_scheduler(clip_sample=settings.data.vae is None)
     inputs = training_inputs(settings.data)
     config = model_config(settings.model, inputs)
-    scheduler = noise_scheduler(settings.diffusion_steps, clip_sample=settings.data.vae is None)
     set_seed(settings.training.seed)
     model = MoHDiT(config)
     trainer = DiffusionTrainer(model, GaussianDiffusion(scheduler.betas), inputs, settings.training, run)
@@ -136,8 +135,7 @@ def model_config(model: Mapping[str, Any], inputs: TrainingInputs) -> MoHDiTConf
 
 def finished_pipeline(model: MoHDiT, scheduler: Any, data: DataSettings, classes: Sequence[str]) -> MoHDiTPipeline:
     """The trained model with all that drawing from it takes."""
-    from mixhead.models.moh_dit.diffusion import MoHDiTTransformer2DModel
-    from mixhead.models.moh_dit.pipeline import MoHDiTPipeline
+    from mixhead.models.moh_dit import MoHDiTPipeline, MoHDiTTransformer2DModel
 
     vae = None if data.vae is None else load_vae(Path(data.vae))
     network = MoHDiTTransformer2DModel.from_dit(model)

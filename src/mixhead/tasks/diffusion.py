@@ -1,6 +1,6 @@
 """What a denoising diffusion model is trained to minimise: the error of the noise, and the bound on the variance.
 
-The schedule of the noise is that of a scheduler of diffusers, which also stands beside a saved model for sampling.
+The schedule of the noise is that of a scheduler of diffusers, which also lies beside a saved model for sampling.
 
 Shape legend: B batch, C channels, Y rows, X columns, T diffusion steps.
 """
@@ -9,48 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mixhead.errors import MixheadError
-
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
-
 PIXEL_STEP = 1 / 127.5  # between two neighbouring values of 8 bits, where they cover [-1, 1]
-
-
-def require_diffusers() -> None:
-    """Raises where the package diffusers is missing."""
-    try:
-        import diffusers  # noqa: F401
-    except ImportError as error:
-        raise MixheadError(
-            "Image generation needs the package diffusers: pip install 'mixhead[diffusion]' brings it."
-        ) from error
-
-
-def noise_scheduler(steps: int = 1000, clip_sample: bool = False) -> DDPMScheduler:
-    """The published schedule: the variance rises linearly from 1e-4 to 0.02, the model predicts noise and variance.
-
-    Args:
-        steps: T.
-        clip_sample: whether samplers keep the predicted image in [-1, 1]: right for pixels, wrong for latents.
-    """
-    require_diffusers()
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler(
-        num_train_timesteps=steps,
-        beta_schedule="linear",
-        beta_start=1e-4 * 1000 / steps,
-        beta_end=0.02 * 1000 / steps,
-        variance_type="learned_range",
-        prediction_type="epsilon",
-        clip_sample=clip_sample,
-    )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from mixhead.tasks.images import image_files, read_image
 from mixhead.tasks.sampling import OnProgress, SamplingConfig, class_names, grid, sample_images
 
 if TYPE_CHECKING:
-    from mixhead.models.moh_dit.pipeline import MoHDiTPipeline
+    from mixhead.models.moh_dit import MoHDiTPipeline
 
 MANIFEST = "samples.json"
 # What changes how images are drawn, but not the images.

@@ -30,19 +30,27 @@ SEED_STRIDE = 1_000_003  # between the seeds of two runs, so that their samples 
 
 
 class TrainingInputs(Protocol):
-    """What a diffusion model is trained on: images, or their latents, with one class each.
+    """What a diffusion model is trained on: images, or their latents, with one class each."""
 
-    Attributes:
-        classes: their names, in the order of the labels.
-        labels_M: the class of every image, int64.
-        shape: (C, Y, X) of one input.
-        mirrors: whether half of the samples shall be mirrored.
-    """
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels."""
+        ...
 
-    classes: tuple[str, ...]
-    labels_M: Tensor
-    shape: tuple[int, int, int]
-    mirrors: bool
+    @property
+    def labels_M(self) -> Tensor:
+        """The class of every image, int64."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, Y, X) of one input."""
+        ...
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether half of the samples shall be mirrored."""
+        ...
 
     def read(self, index: int, mirrored: bool, generator: torch.Generator) -> Tensor:
         """One input, float32 [C, Y, X]."""

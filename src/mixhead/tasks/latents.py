@@ -21,7 +21,6 @@ from torch import Tensor
 
 from mixhead.errors import MixheadError
 from mixhead.tasks.checkpoints import write_folder, write_text
-from mixhead.tasks.diffusion import require_diffusers
 from mixhead.tasks.generation_data import PixelInputs, to_signed
 
 SHARD = 4096  # images
@@ -84,7 +83,6 @@ def load_vae(folder: Path) -> Any:
     Raises:
         MixheadError: where the folder holds none.
     """
-    require_diffusers()
     from diffusers import AutoencoderKL
 
     if not (folder / "config.json").is_file():

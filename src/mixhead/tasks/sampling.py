@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.tasks.diffusion import require_diffusers
 from mixhead.tasks.generation_data import SEED_STRIDE, to_eight_bits
+from mixhead.tasks.latents import load_vae
 
 if TYPE_CHECKING:
-    from mixhead.models.moh_dit.pipeline import MoHDiTPipeline
+    from mixhead.models.moh_dit import MoHDiTPipeline
 
 Sampler = Literal["ddim", "dpm", "ancestral"]
 LARGEST_GUIDANCE = 100.0
@@ -77,17 +77,15 @@ def load_pipeline(folder: str | Path, vae: str | Path | None = None) -> MoHDiTPi
     Raises:
         MixheadError: where there is none, a file is damaged, or the VAE does not fit.
     """
-    require_diffusers()
-    from diffusers import DDPMScheduler
-
-    from mixhead.models.moh_dit.diffusion import MoHDiTTransformer2DModel, load_dit
-    from mixhead.models.moh_dit.pipeline import MoHDiTPipeline
+    from mixhead.models.moh_dit import MoHDiTPipeline, MoHDiTTransformer2DModel, load_dit
     from mixhead.tasks.latents import load_vae
 
     folder = Path(folder)
     if (folder / "model" / "model_index.json").is_file():
         folder = folder / "model"
     network = MoHDiTTransformer2DModel.from_dit(load_dit(folder))
+    from diffusers import DDPMScheduler
+
     try:
         config = MoHDiTPipeline.load_config(folder, local_files_only=True)
         scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
@@ -167,17 +165,16 @@ def sample_images(
     for number, asked in enumerate(groups):
         filled = asked + asked[-1:] * (config.group - len(asked))
         done, total = number * config.steps, len(groups) * config.steps
-        images = draw_group(
-            pipeline,
-            filled,
-            config,
-            first + number * config.group,
-            lambda step, _, done=done, total=total: on_progress(done + step, total),
-        )
+        on_step = _after(on_progress, done, total)
+        images = draw_group(pipeline, filled, config, first + number * config.group, on_step)
         finished.append(images[: len(asked)])
         if len(finished) == per_batch or number == len(groups) - 1:
             yield torch.cat(finished)
             finished = []
+
+
+def _after(on_progress: OnProgress, done: int, total: int) -> OnProgress:
+    return lambda step, steps: on_progress(done + step, total)
 
 
 @torch.inference_mode()
@@ -185,7 +182,7 @@ def draw_group(
     pipeline: MoHDiTPipeline, classes: Sequence[int], config: SamplingConfig, first: int, on_step: OnProgress
 ) -> Tensor:
     """Images uint8 [B, C, Y, X] of consecutive samples, which pass through the network together."""
-    from mixhead.models.moh_dit.pipeline import denoise
+    from mixhead.models.moh_dit import denoise
 
     network = pipeline.transformer.dit
     shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
