@@ -8,7 +8,7 @@ from mixhead.interop import from_official
 from mixhead.models.hugging_face import RoutingLog, RoutingTrace, record_routing, register_with_transformers
 from mixhead.models.moa import register_moa
 from mixhead.models.moh_vit import register_moh_vit
-from mixhead.nn import MixtureOfHeadAttention
+from mixhead.nn import MixtureOfAttentionHeads, MixtureOfHeadAttention
 from mixhead.routing import Routing
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __all__ = [
     "CalibrationConfig",
     "CalibrationReport",
     "MixheadError",
+    "MixtureOfAttentionHeads",
     "MixtureOfHeadAttention",
     "MoHConfig",
     "Routing",

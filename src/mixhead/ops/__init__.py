@@ -9,18 +9,28 @@ from mixhead.ops.projections import (
     project_to_heads,
     weight_by_head,
 )
+from mixhead.ops.slot_projections import (
+    SLOT_PROJECTIONS,
+    explain_slot_projection,
+    project_from_slots,
+    project_to_slots,
+)
 
 __all__ = [
     "AGGREGATED_IMPLEMENTATIONS",
     "IMPLEMENTATIONS",
     "PROJECTIONS",
+    "SLOT_PROJECTIONS",
     "Choice",
     "RelativeBias",
     "aggregated_attention",
     "explain",
     "explain_projection",
+    "explain_slot_projection",
     "head_attention",
     "project_from_heads",
+    "project_from_slots",
     "project_to_heads",
+    "project_to_slots",
     "weight_by_head",
 ]

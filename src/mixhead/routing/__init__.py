@@ -1,18 +1,26 @@
 """Routing is a value: which heads each token uses, who decides it, and the losses that keep it balanced."""
 
-from mixhead.routing.losses import balance_loss
+from mixhead.routing.experts import ExpertRouter, ExpertRouting, LossWeights, expert_gates
+from mixhead.routing.losses import balance_loss, cv_loss, switch_loss, z_loss
 from mixhead.routing.routers import BinaryRouter, LinearRouter, QueryNormRouter, TwoStageRouter, soft_selection
 from mixhead.routing.selection import grouped_top_k_mask, top_k_mask
 from mixhead.routing.value import Routing
 
 __all__ = [
     "BinaryRouter",
+    "ExpertRouter",
+    "ExpertRouting",
     "LinearRouter",
+    "LossWeights",
     "QueryNormRouter",
     "Routing",
     "TwoStageRouter",
     "balance_loss",
+    "cv_loss",
+    "expert_gates",
     "grouped_top_k_mask",
     "soft_selection",
+    "switch_loss",
     "top_k_mask",
+    "z_loss",
 ]
