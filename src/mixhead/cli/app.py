@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from mixhead.cli import bench, convert, demo, doctor, evaluate, fetch, generate, tune
+from mixhead.cli import bench, convert, demo, doctor, evaluate, fetch, generate, recipes, train, tune
 from mixhead.errors import MixheadError
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app.command("tune")(tune.tune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.add_typer(bench.app, name="bench", help="Measure speed against dense attention, checked before it is timed.")
+app.command("train")(train.train)
+app.add_typer(recipes.app, name="recipes", help="The recipes that `mixhead train` runs: list and copy them.")
 app.command("fetch")(fetch.fetch)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
