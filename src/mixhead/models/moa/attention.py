@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
-from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.moa.configuration import MoAConfig
 from mixhead.nn import MixtureOfAttentionHeads
-from mixhead.routing import ExpertRouter, ExpertRouting, LossWeights
+from mixhead.routing import ExpertRouting, LossWeights
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -56,13 +55,7 @@ class SourceCache:
 
 
 class Attention(nn.Module):
-    """What a layer calls: attends from `hidden_BNC` to `source_BTC`.
-
-    Attributes:
-        moh_name: the module's name in its model, under which a trace keeps its routing.
-    """
-
-    moh_name = ""
+    """What a layer calls: attends from `hidden_BNC` to `source_BTC`."""
 
     def forward(
         self,
@@ -73,7 +66,6 @@ class Attention(nn.Module):
         key_mask_BT: Tensor | None = None,
         causal: bool = False,
         cache: LayerCache | None = None,
-        routing_trace: RoutingTrace | None = None,
     ) -> tuple[Tensor, ExpertRouting | None]:
         """The output [B, N, C] and the routing of a module that has one.
 
@@ -84,7 +76,6 @@ class Attention(nn.Module):
             key_mask_BT: bool, False at padding, which is not attended to.
             causal: a query sees the keys up to its own position; the last query sees the last key.
             cache: keeps keys and values.
-            routing_trace: shown the routing.
         """
         raise NotImplementedError
 
@@ -108,9 +99,8 @@ class DenseAttention(Attention):
         key_mask_BT: Tensor | None = None,
         causal: bool = False,
         cache: LayerCache | None = None,
-        routing_trace: RoutingTrace | None = None,
     ) -> tuple[Tensor, ExpertRouting | None]:
-        del query_mask_BN, routing_trace
+        del query_mask_BN
 
         def project() -> KeysValues:
             return self._split_heads(self.k_proj(source_BTC)), self._split_heads(self.v_proj(source_BTC))
@@ -140,11 +130,6 @@ class ExpertAttention(Attention):
         super().__init__()
         self.experts = experts
 
-    @property
-    def moh_router(self) -> ExpertRouter:
-        """What decides; `mixhead.record_routing` looks for it."""
-        return self.experts.router
-
     def forward(
         self,
         hidden_BNC: Tensor,
@@ -154,7 +139,6 @@ class ExpertAttention(Attention):
         key_mask_BT: Tensor | None = None,
         causal: bool = False,
         cache: LayerCache | None = None,
-        routing_trace: RoutingTrace | None = None,
     ) -> tuple[Tensor, ExpertRouting]:
         def project() -> KeysValues:
             return self.experts.project_keys_and_values(source_BTC)
@@ -166,8 +150,6 @@ class ExpertAttention(Attention):
             causal=causal,
             keys_and_values=project() if cache is None else cache.keys_values(project),
         )
-        if routing_trace is not None:
-            routing_trace.record(self.moh_name, routing)
         return output_BNC, routing
 
 

@@ -1,4 +1,4 @@
-"""Configurations of the models with mixture of attention heads (MoA, arXiv 2210.05144), and of their dense baselines."""
+"""Configurations of models with mixture of attention heads (MoA, arXiv 2210.05144), and of their dense baselines."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class MoAConfig(PreTrainedConfig):
         vocab_size: of the one vocabulary; embeddings and the output layer share their weights.
         hidden_size: C.
         intermediate_size: width of the feed-forward layers.
-        num_heads: E attention experts, which share one key and one value projection; with `active_heads=None` the heads of
-            plain multi-head attention, each with its own.
+        num_heads: E attention experts, which share one key and one value projection; with `active_heads=None` the
+            heads of plain multi-head attention, each with its own.
         head_dim: D; num_heads * head_dim need not be hidden_size.
         active_heads: how many experts each token uses; None for a dense Transformer.
         normalisation: of the gates, "softmax" (the plain probabilities, as in the published code) or "renormalised"
@@ -36,7 +36,12 @@ class MoAConfig(PreTrainedConfig):
         layer_norm_eps: of all norms, which follow the residual sums (post-LN).
     """
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "auxiliary_loss", "routing", "encoder_last_hidden_state"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "cache",
+        "auxiliary_loss",
+        "routing",
+        "encoder_last_hidden_state",
+    ]
 
     vocab_size: int = 32768
     hidden_size: int = 512
@@ -64,8 +69,8 @@ class MoAConfig(PreTrainedConfig):
                 raise MixheadError(f"{name}={value!r} must be a whole number of at least 1.")
         if self.active_heads is not None and not 1 <= self.active_heads <= self.num_heads:
             raise MixheadError(
-                f"active_heads={self.active_heads} must be from 1 to num_heads={self.num_heads}; for a dense Transformer leave it "
-                "out (None)."
+                f"active_heads={self.active_heads} must be from 1 to num_heads={self.num_heads}; for a dense "
+                "Transformer it is None."
             )
         if self.hidden_size % 2:
             raise MixheadError(f"hidden_size={self.hidden_size} must be even: positions are pairs of sine and cosine.")
@@ -103,7 +108,10 @@ class MoATransformerConfig(MoAConfig):
     """
 
     model_type = "moa_transformer"
-    attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "encoder_layers", "num_attention_heads": "num_heads"}
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_hidden_layers": "encoder_layers",
+        "num_attention_heads": "num_heads",
+    }
 
     encoder_layers: int = 6
     decoder_layers: int = 6

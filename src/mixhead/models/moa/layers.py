@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.moa.attention import Attention, SelfCache, SourceCache, make_attention
 from mixhead.models.moa.configuration import MoAConfig
 from mixhead.routing import ExpertRouting
@@ -58,7 +57,6 @@ class EncoderLayer(GradientCheckpointingLayer):
         self,
         hidden_BNC: Tensor,
         token_mask_BN: Tensor | None,
-        routing_trace: RoutingTrace | None = None,
     ) -> tuple[Tensor, list[ExpertRouting]]:
         """The next hidden states and the routing, where there is one."""
         attended_BNC, routing = self.self_attention(
@@ -66,7 +64,6 @@ class EncoderLayer(GradientCheckpointingLayer):
             hidden_BNC,
             query_mask_BN=token_mask_BN,
             key_mask_BT=token_mask_BN,
-            routing_trace=routing_trace,
         )
         hidden_BNC = self.self_attention_end(hidden_BNC, attended_BNC)
         hidden_BNC = self.feed_forward_end(hidden_BNC, self.feed_forward(hidden_BNC))
@@ -94,7 +91,6 @@ class DecoderLayer(GradientCheckpointingLayer):
         key_mask_BN: Tensor | None,
         encoded_mask_BT: Tensor | None,
         cache: EncoderDecoderCache | None = None,
-        routing_trace: RoutingTrace | None = None,
     ) -> tuple[Tensor, list[ExpertRouting]]:
         """The next hidden states, and the routings of self- and cross-attention where there are any.
 
@@ -105,7 +101,6 @@ class DecoderLayer(GradientCheckpointingLayer):
             key_mask_BN: False at padding among all tokens, those in the cache first.
             encoded_mask_BT: False at padding of the source.
             cache: keys and values of earlier tokens and of the source.
-            routing_trace: shown the routings.
         """
         attended_BNC, own = self.self_attention(
             hidden_BNC,
@@ -114,7 +109,6 @@ class DecoderLayer(GradientCheckpointingLayer):
             key_mask_BT=key_mask_BN,
             causal=True,
             cache=None if cache is None else SelfCache(cache, self.layer_index),
-            routing_trace=routing_trace,
         )
         hidden_BNC = self.self_attention_end(hidden_BNC, attended_BNC)
         attended_BNC, cross = self.cross_attention(
@@ -123,7 +117,6 @@ class DecoderLayer(GradientCheckpointingLayer):
             query_mask_BN=query_mask_BN,
             key_mask_BT=encoded_mask_BT,
             cache=None if cache is None else SourceCache(cache, self.layer_index),
-            routing_trace=routing_trace,
         )
         hidden_BNC = self.cross_attention_end(hidden_BNC, attended_BNC)
         hidden_BNC = self.feed_forward_end(hidden_BNC, self.feed_forward(hidden_BNC))

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.moa.configuration import MoAEncoderConfig
 from mixhead.models.moa.modeling import (
     MoAEncoder,
@@ -70,7 +69,6 @@ class MoAForMaskedLM(MoAPreTrainedModel):
         tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.model = MoAEncoder(config, tokens)
         self.lm_head = MaskedLMHead(config)
-        self.name_attention_modules()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -98,7 +96,6 @@ class MoAForMaskedLM(MoAPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_routing: bool = False,
         return_dict: bool | None = None,
-        routing_trace: RoutingTrace | None = None,
     ) -> MoAMaskedLMOutput | tuple[object, ...]:
         """Scores of the token at every place.
 
@@ -110,14 +107,11 @@ class MoAForMaskedLM(MoAPreTrainedModel):
             output_hidden_states: whether to return those of all layers.
             output_routing: whether to return the routing of every attention module.
             return_dict: False for a plain tuple.
-            routing_trace: shown the routings.
 
         Raises:
             MixheadError: where ids do not fit the vocabulary.
         """
-        encoded = self.model(
-            input_ids, attention_mask, output_hidden_states=output_hidden_states, routing_trace=routing_trace
-        )
+        encoded = self.model(input_ids, attention_mask, output_hidden_states=output_hidden_states)
         logits_BNV = self.lm_head(encoded.last_hidden_state)
         auxiliary = auxiliary_loss(encoded.routing) if labels is not None or output_routing else None
         loss = None

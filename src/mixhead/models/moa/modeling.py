@@ -15,8 +15,6 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import RoutingTrace
-from mixhead.models.moa.attention import Attention
 from mixhead.models.moa.configuration import MoAConfig
 from mixhead.models.moa.layers import Embeddings, EncoderLayer
 from mixhead.nn import MixtureOfAttentionHeads
@@ -69,12 +67,6 @@ class MoAPreTrainedModel(PreTrainedModel):
             for parameter in module.router.parameters():
                 init.zeros_(parameter)
 
-    def name_attention_modules(self) -> None:
-        """Tells every attention module its name, under which a trace keeps its routing."""
-        for name, module in self.named_modules():
-            if isinstance(module, Attention):
-                module.moh_name = name
-
 
 class MoAEncoder(MoAPreTrainedModel):
     """Embeddings and encoder layers."""
@@ -93,7 +85,6 @@ class MoAEncoder(MoAPreTrainedModel):
         attention_mask: Tensor | None = None,
         *,
         output_hidden_states: bool | None = None,
-        routing_trace: RoutingTrace | None = None,
         **kwargs: object,
     ) -> MoAOutput:
         """Hidden states of every token.
@@ -102,7 +93,6 @@ class MoAEncoder(MoAPreTrainedModel):
             input_ids: [B, N].
             attention_mask: 0 or False at padding, [B, N].
             output_hidden_states: whether to return those of all layers.
-            routing_trace: shown the routings.
             kwargs: what `generate` adds; not used.
         """
         del kwargs
@@ -111,7 +101,7 @@ class MoAEncoder(MoAPreTrainedModel):
         hidden_BNC, states, routings = self.embeddings(input_ids), [], []
         for layer in self.layers:
             states.append(hidden_BNC)
-            hidden_BNC, of_layer = layer(hidden_BNC, mask_BN, routing_trace=routing_trace)
+            hidden_BNC, of_layer = layer(hidden_BNC, mask_BN)
             routings += of_layer
         kept = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return MoAOutput(hidden_BNC, (*states, hidden_BNC) if kept else None, tuple(routings))

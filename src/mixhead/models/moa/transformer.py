@@ -15,7 +15,6 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
-from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.moa.configuration import MoATransformerConfig
 from mixhead.models.moa.layers import DecoderLayer, Embeddings
 from mixhead.models.moa.modeling import (
@@ -76,7 +75,6 @@ class MoADecoder(MoAPreTrainedModel):
         query_mask_BN: Tensor | None = None,
         *,
         output_hidden_states: bool = False,
-        routing_trace: RoutingTrace | None = None,
     ) -> MoAOutput:
         """Hidden states of the tokens that are new.
 
@@ -88,7 +86,6 @@ class MoADecoder(MoAPreTrainedModel):
             cache: is filled.
             query_mask_BN: bool, False at new tokens that do not count in the routing; by `attention_mask` if None.
             output_hidden_states: whether to return those of all layers.
-            routing_trace: shown the routings.
         """
         key_mask_BN = None if attention_mask is None else attention_mask.bool()
         if query_mask_BN is None and key_mask_BN is not None:
@@ -105,7 +102,6 @@ class MoADecoder(MoAPreTrainedModel):
                 key_mask_BN,
                 source_mask_BT,
                 cache=cache,
-                routing_trace=routing_trace,
             )
             routings += of_layer
         return MoAOutput(hidden_BNC, (*states, hidden_BNC) if output_hidden_states else None, tuple(routings))
@@ -153,7 +149,6 @@ class MoATransformerForConditionalGeneration(MoAPreTrainedModel, GenerationMixin
         super().__init__(config)
         self.model = MoATransformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.name_attention_modules()
         self.post_init()
 
     def get_encoder(self) -> MoAEncoder:
@@ -175,7 +170,6 @@ class MoATransformerForConditionalGeneration(MoAPreTrainedModel, GenerationMixin
         output_hidden_states: bool | None = None,
         output_routing: bool = False,
         return_dict: bool | None = None,
-        routing_trace: RoutingTrace | None = None,
         **kwargs: Any,
     ) -> MoASeq2SeqOutput | tuple[Any, ...]:
         """Scores of the next token at every place of the target.
@@ -194,7 +188,6 @@ class MoATransformerForConditionalGeneration(MoAPreTrainedModel, GenerationMixin
             output_hidden_states: whether to return those of all layers.
             output_routing: whether to return the routing of every attention module.
             return_dict: False for a plain tuple.
-            routing_trace: shown the routings.
             kwargs: what `generate` adds; not used.
 
         Raises:
@@ -203,9 +196,7 @@ class MoATransformerForConditionalGeneration(MoAPreTrainedModel, GenerationMixin
         del kwargs
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if encoder_outputs is None:
-            encoder_outputs = self.model.encoder(
-                input_ids, attention_mask, output_hidden_states=keep_states, routing_trace=routing_trace
-            )
+            encoder_outputs = self.model.encoder(input_ids, attention_mask, output_hidden_states=keep_states)
         elif not isinstance(encoder_outputs, MoAOutput):
             encoder_outputs = MoAOutput(encoder_outputs[0])
         encoded_BTC = encoder_outputs.last_hidden_state
@@ -226,7 +217,6 @@ class MoATransformerForConditionalGeneration(MoAPreTrainedModel, GenerationMixin
             cache,
             query_mask_BN,
             output_hidden_states=keep_states,
-            routing_trace=routing_trace,
         )
         logits_BNV = self.lm_head(decoded.last_hidden_state)
         routings = (*(encoder_outputs.routing or ()), *decoded.routing)
