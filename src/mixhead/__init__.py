@@ -6,6 +6,7 @@ from mixhead.convert.store import load, save
 from mixhead.errors import MixheadError
 from mixhead.interop import from_official
 from mixhead.models.hugging_face import RoutingLog, RoutingTrace, record_routing, register_with_transformers
+from mixhead.models.moa import register_moa
 from mixhead.models.moh_vit import register_moh_vit
 from mixhead.nn import MixtureOfAttentionHeads, MixtureOfHeadAttention
 from mixhead.routing import Routing
@@ -35,3 +36,4 @@ __all__ = [
 # The one thing done at import: transformers can only load a model type that it has been told about.
 register_with_transformers()
 register_moh_vit()
+register_moa()
