@@ -18,6 +18,7 @@ from mixhead.cli import (
     evaluate_samples,
     fetch,
     generate,
+    inspect,
     recipes,
     sample,
     train,
@@ -44,6 +45,7 @@ app.add_typer(recipes.app, name="recipes", help="The recipes that `mixhead train
 app.command("sample")(sample.sample)
 app.command("evaluate-samples")(evaluate_samples.evaluate_samples)
 app.command("fetch")(fetch.fetch)
+app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 
