@@ -3,6 +3,7 @@
 | Router | Scores | Gates | Source |
 |---|---|---|---|
 | `TwoStageRouter` | learned, linear | weighted, two-stage | MoH, trained from scratch (eq. 5, 6) |
+| `OneStageRouter` | learned, linear | weighted | an ablation of it (table 5) |
 | `QueryNormRouter` | norm of each head's query, no parameters | 0 / 1 | MoH, continue-tuned LLaMA3 (eq. 9, 10) |
 | `LinearRouter` | linear, fitted by `mixhead.calibrate` | 0 / 1 | this library |
 
@@ -95,6 +96,18 @@ class TwoStageRouter(Router):
             return self.shared_heads * full_precision(self.shared_proj, hidden_BNC).softmax(-1)
         dtype = torch.promote_types(hidden_BNC.dtype, torch.float32)
         return hidden_BNC.new_ones(*hidden_BNC.shape[:2], self.shared_heads, dtype=dtype)
+
+
+class OneStageRouter(TwoStageRouter):
+    """A two-stage router without its second stage, to see what that is worth (arXiv 2410.11842, table 5).
+
+    Nothing weighs shared against routed heads: both factors a of eq. 6, in the scaling of the official code, are 1. The
+    paper does not print the gates of its own ablation; these are the ones of `TwoStageRouter` where W_h is 0.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, shared_heads: int, top_k: int) -> None:
+        super().__init__(hidden_size, num_heads, shared_heads, top_k)
+        self.stage_proj = None
 
 
 class BinaryRouter(Router):

@@ -7,10 +7,9 @@ wants to look uses `mixhead.record_routing`.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from mixhead.routing import Routing
+from mixhead.routing import Routing, mean_balance_loss
 
 
 class RoutingTrace:
@@ -56,8 +55,7 @@ class RoutingTrace:
 
     def balance_loss(self) -> Tensor | None:
         """Mean of the layers' balance losses, as the official code averages them; None where nothing competes."""
-        losses = [routing.balance_loss for _, routing in self.layers if routing.probs_BNH is not None]
-        return torch.stack(losses).mean() if losses else None
+        return mean_balance_loss(routing for _, routing in self.layers)
 
 
 class JoinedTrace(RoutingTrace):
