@@ -11,20 +11,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mixhead.errors import MixheadError
-from mixhead.report.statistics import Bools, Load, agreement, blocks_of, load_by, load_of, position_bins, words_of
+from mixhead.report.statistics import Bools, Load, agreement, blocks_of, load_by, load_of, position_bins
 from mixhead.report.word_classes import word_class
+from mixhead.report.word_statistics import expert_words
 from mixhead.routing.recording import Recording, Tokens
 from mixhead.tasks.pieces import readable
 
 PLACE_LABELS = ("token", "x", "y")
 MOST_GROUPS = 24
+PATCHES = 10  # a patch is ten times less work for a browser than a token
+LEAST_BITS = 0.005  # of mutual information; below, a word says nothing of a head
 
 
 @dataclass(frozen=True)
-class Sequence_:
+class Shown:
     """One text or picture.
 
     Attributes:
@@ -61,7 +65,7 @@ class Axis:
     layers: list[str]
     kind: str
     texts: list[str]
-    sequences: list[Sequence_]
+    sequences: list[Shown]
     codes_TX: NDArray[np.uint8]
 
 
@@ -131,10 +135,11 @@ def read_contents(recording: Recording, most_tokens: int = 10_000) -> Contents:
         layers = recording.same_tokens(left[0])
         left = [name for name in left if name not in layers]
         tokens = recording.tokens(layers[0])
-        shown = shown_tokens(tokens, most_tokens)
+        says = "token" in tokens.labels
+        shown = shown_tokens(tokens, most_tokens if says else PATCHES * most_tokens)
         if len(shown) < len(tokens):
             notes.append(f"{len(shown):,} of {len(tokens):,} tokens are shown; all of them count in the figures.")
-        axis_texts = texts_of(recording, tokens, np.arange(len(tokens))) if "token" in tokens.labels else []
+        axis_texts = texts_of(recording, tokens, np.arange(len(tokens))) if says else []
         labels = labels_of(recording, tokens, axis_texts)
         block_T, codes = blocks_of(tokens), []
         earlier: list[tuple[str, Bools]] = []
@@ -147,7 +152,8 @@ def read_contents(recording: Recording, most_tokens: int = 10_000) -> Contents:
                     groups.setdefault((label, name_of(value)), {})[layer] = load
             if axis_texts:
                 plain = [text.strip().lower() or "␣" for text in axis_texts]
-                words[layer] = words_of(plain, selected_TH)
+                scored = expert_words(torch.from_numpy(selected_TH), plain, top=8, min_count=3)
+                words[layer] = [[(s.word, s.pmi) for s in of if s.pmi > LEAST_BITS] for of in scored]
             sample_TH = selected_TH[:: max(1, len(selected_TH) // 4096)]
             for other, sample_TI in earlier:
                 alike[other, layer] = agreement(sample_TI, sample_TH)
@@ -202,7 +208,7 @@ def labels_of(
     return found
 
 
-def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], kind: str) -> list[Sequence_]:
+def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], kind: str) -> list[Shown]:
     """The sequences among the shown tokens, in their order."""
     sequence_T = tokens.sequence[shown]
     first = np.flatnonzero(np.diff(sequence_T, prepend=-1))
@@ -215,13 +221,13 @@ def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], 
         groups = [
             recording.names[label][int(value_T[row])]
             for label, value_T in tokens.labels.items()
-            if label not in PLACE_LABELS and int(value_T[row]) in recording.names.get(label, {})
+            if label in recording.names and label not in PLACE_LABELS and int(value_T[row]) in recording.names[label]
         ]
         what = "Picture" if kind == "image" else "Text"
         title = f"{what} {(picture if kind == 'image' else number) + 1}" + (f" ({', '.join(groups)})" if groups else "")
         time = float(tokens.labels["time_step"][row]) if diffuses else None
         grid, prefix = grid_of(tokens, shown[start:end]) if kind == "image" else (None, 0)
-        found.append(Sequence_(title, int(start), int(end - start), picture, time, grid, prefix))
+        found.append(Shown(title, int(start), int(end - start), picture, time, grid, prefix))
     return found
 
 
