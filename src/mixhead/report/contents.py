@@ -15,7 +15,17 @@ import torch
 from numpy.typing import NDArray
 
 from mixhead.errors import MixheadError
-from mixhead.report.statistics import Bools, Load, agreement, blocks_of, load_by, load_of, position_bins
+from mixhead.report.statistics import (
+    Bools,
+    Floats,
+    Load,
+    agreement,
+    blocks_of,
+    co_activation,
+    load_by,
+    load_of,
+    position_bins,
+)
 from mixhead.report.word_classes import word_class
 from mixhead.report.word_statistics import expert_words
 from mixhead.routing.recording import Recording, Tokens
@@ -23,6 +33,7 @@ from mixhead.tasks.pieces import readable
 
 PLACE_LABELS = ("token", "x", "y")
 MOST_GROUPS = 24
+SAMPLE = 4096  # about so many tokens, evenly spread, tell how heads and layers go together
 PATCHES = 10  # a patch is ten times less work for a browser than a token
 LEAST_BITS = 0.005  # of mutual information; below, a word says nothing of a head
 
@@ -95,6 +106,7 @@ class Contents:
         groups: loads by what the tokens have in common.
         words: by layer, for each head the words that speak for it, with their PMI in bits.
         agreement: by pair of layers that routed the same tokens, how alike they sort them.
+        together: by layer, the correlation of each two heads' use, [H, H].
         gates_vary: whether heads are weighted, and not only switched on and off.
         notes: what was left out of the report, as sentences.
     """
@@ -105,6 +117,7 @@ class Contents:
     groups: list[Group]
     words: dict[str, list[list[tuple[str, float]]]]
     agreement: dict[tuple[str, str], float]
+    together: dict[str, Floats]
     gates_vary: bool
     notes: list[str] = field(default_factory=list)
 
@@ -128,6 +141,7 @@ def read_contents(recording: Recording, most_tokens: int = 10_000) -> Contents:
     loads: dict[str, Load] = {}
     words: dict[str, list[list[tuple[str, float]]]] = {}
     alike: dict[tuple[str, str], float] = {}
+    together: dict[str, Floats] = {}
     groups: dict[tuple[str, str], dict[str, Load]] = {}
     axes, notes, vary = [], [], False
     left = list(recording.layers)
@@ -154,7 +168,8 @@ def read_contents(recording: Recording, most_tokens: int = 10_000) -> Contents:
                 plain = [text.strip().lower() or "␣" for text in axis_texts]
                 scored = expert_words(torch.from_numpy(selected_TH), plain, top=8, min_count=3)
                 words[layer] = [[(s.word, s.pmi) for s in of if s.pmi > LEAST_BITS] for of in scored]
-            sample_TH = selected_TH[:: max(1, len(selected_TH) // 4096)]
+            sample_TH = selected_TH[:: max(1, len(selected_TH) // SAMPLE)]
+            together[layer] = co_activation(sample_TH)
             for other, sample_TI in earlier:
                 alike[other, layer] = agreement(sample_TI, sample_TH)
             earlier.append((layer, sample_TH))
@@ -164,7 +179,7 @@ def read_contents(recording: Recording, most_tokens: int = 10_000) -> Contents:
         texts = [axis_texts[i] for i in shown] if axis_texts else []
         axes.append(Axis(layers, kind, texts, sequences_of(recording, tokens, shown, kind), np.concatenate(codes, 1)))
     listed = [Group(label, value, of) for (label, value), of in groups.items()]
-    return Contents(recording, loads, axes, listed, words, alike, vary, list(dict.fromkeys(notes)))
+    return Contents(recording, loads, axes, listed, words, alike, together, vary, list(dict.fromkeys(notes)))
 
 
 def shown_tokens(tokens: Tokens, most: int) -> NDArray[np.intp]:
