@@ -15,9 +15,12 @@ from mixhead.cli import (
     doctor,
     evaluate,
     evaluate_images,
+    evaluate_samples,
     fetch,
     generate,
+    inspect,
     recipes,
+    sample,
     train,
     tune,
 )
@@ -39,7 +42,10 @@ app.command("generate")(generate.generate)
 app.add_typer(bench.app, name="bench", help="Measure speed against dense attention, checked before it is timed.")
 app.command("train")(train.train)
 app.add_typer(recipes.app, name="recipes", help="The recipes that `mixhead train` runs: list and copy them.")
+app.command("sample")(sample.sample)
+app.command("evaluate-samples")(evaluate_samples.evaluate_samples)
 app.command("fetch")(fetch.fetch)
+app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 
