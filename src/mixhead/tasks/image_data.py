@@ -149,10 +149,14 @@ def open_both(where: str | Path) -> tuple[LabelledImages, LabelledImages]:
 def renumbered(images: LabelledImages, classes: tuple[str, ...]) -> LabelledImages:
     """The same images with the class numbers of a model or of other data.
 
+    A model without names of its own (LABEL_0, LABEL_1, ...), as published checkpoints are, takes the classes in their
+    order, where it knows as many.
+
     Raises:
         MixheadError: where a class is not among `classes`.
     """
-    if images.classes == classes:
+    nameless = classes == tuple(f"LABEL_{number}" for number in range(len(images.classes)))
+    if images.classes == classes or nameless:
         return images
     unknown = sorted(used_classes(images) - set(classes))
     if unknown:
