@@ -47,8 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(folder: Path, **changes: object) -> Recipe:
     values = {
         "data": str(folder), "model": SIZES, "epochs": 2, "batch_size": 6, "warmup_epochs": 0.5, "learning_rate": 0.01,
-        "bf16": False, "repeated_augmentation": 1, "save_every": 0.5, "evaluate_every": 1,
-        "augmentation": {"color_jitter": 0, "randaugment_magnitude": 0},
+        "bf16": False, "save_every": 0.5, "evaluate_every": 1,
     }  # fmt: skip
     return Recipe("colours", "image_classification", {**values, **changes})
 
@@ -214,6 +213,7 @@ sys.exit(run(["train", {recipe!r}, "batch_size=3", "--run", {folder!r}]))
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"fsdp": True, "evaluate_every": 0}], ids=["ddp", "fsdp"])
 def test_two_processes_train_as_one(data: Path, tmp_path: Path, changes: dict):
     # Mixing depends on the batch, so that it is left out.
