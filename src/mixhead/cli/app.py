@@ -19,6 +19,7 @@ from mixhead.cli import (
     fetch,
     generate,
     inspect,
+    play,
     recipes,
     sample,
     train,
@@ -46,6 +47,7 @@ app.command("sample")(sample.sample)
 app.command("evaluate-samples")(evaluate_samples.evaluate_samples)
 app.command("fetch")(fetch.fetch)
 app.command("inspect")(inspect.inspect)
+app.command("play")(play.play)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mixhead.errors import MixheadError
 from mixhead.routing import Recording, StreamedLog, stream_routing
 from mixhead.tasks.pieces import pieces_of
+from mixhead.tasks.sampling import SamplingConfig, class_names, sample_images
+
+if TYPE_CHECKING:
+    from mixhead.models.moh_dit import MoHDiTPipeline
 
 PICTURES = (".png", ".jpg", ".jpeg")
 LONGEST = 2048  # tokens of one window
@@ -128,8 +132,36 @@ def record_pictures(
             pixels_1CYX = processor(_open(file), return_tensors="pt")["pixel_values"]
             with log.labelled(**({"class": of_class} if of_class else {})):
                 model(pixels_1CYX)
-            shown.append(_png(pixels_1CYX[0], processor))
+            shown.append(_seen(pixels_1CYX[0], processor))
     return Recording(path), shown
+
+
+def record_drawing(
+    pipeline: MoHDiTPipeline,
+    classes: Sequence[int],
+    path: Path,
+    *,
+    steps: int = 10,
+    about: Mapping[str, Any] | None = None,
+) -> tuple[Recording, list[bytes]]:
+    """Lets a diffusion model draw an image of each class and writes what each patch used at each time step.
+
+    Args:
+        pipeline: a trained MoH-DiT.
+        classes: a class for each image; they are drawn together, without guidance.
+        path: NAME of the recording.
+        steps: time steps.
+        about: what the recording shall remember.
+
+    Returns:
+        The recording, and the finished images, PNG.
+    """
+    config = SamplingConfig(steps=steps, group=len(classes), batch_size=len(classes))
+    with stream_routing(pipeline.transformer.dit, path) as log:
+        log.about.update(about or {})
+        log.names["class"] = dict(enumerate(class_names(pipeline)))
+        images_BCYX = torch.cat([*sample_images(pipeline, classes, config)])
+    return Recording(path), [png_of(image_CYX) for image_CYX in images_BCYX]
 
 
 def picture_files(folder: Path, most_of_each: int = 50) -> dict[Path, str]:
@@ -162,13 +194,17 @@ def _open(file: Path) -> Any:
         raise MixheadError(f"{file} cannot be read as a picture ({error}).") from None
 
 
-def _png(pixels_CYX: Tensor, processor: Any) -> bytes:
+def _seen(pixels_CYX: Tensor, processor: Any) -> bytes:
     """The picture that the model saw, its normalisation undone."""
-    from PIL import Image
-
     mean = torch.tensor(getattr(processor, "image_mean", None) or [0.0]).view(-1, 1, 1)
     deviation = torch.tensor(getattr(processor, "image_std", None) or [1.0]).view(-1, 1, 1)
-    levels_YXC = ((pixels_CYX * deviation + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    return png_of(((pixels_CYX * deviation + mean).clamp(0, 1) * 255).round().byte())
+
+
+def png_of(levels_CYX: Tensor) -> bytes:
+    """A picture, uint8 [1 or 3, Y, X], as the bytes of a PNG file."""
+    from PIL import Image
+
     out = io.BytesIO()
-    Image.fromarray(levels_YXC.expand(-1, -1, 3).contiguous().numpy()).save(out, format="PNG", optimize=True)
+    Image.fromarray(levels_CYX.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()).save(out, "PNG", optimize=True)
     return out.getvalue()

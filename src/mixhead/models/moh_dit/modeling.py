@@ -177,6 +177,10 @@ class MoHDiT(nn.Module):
         output = self.unpatchify(self.final(hidden_BNC, condition_BC))
         return (output, tuple(routings)) if return_routing else output
 
+    def routing_labels(self, x: Tensor, t: Tensor, y: Tensor, **_kwargs: object) -> dict[str, Tensor]:
+        """The time step and the class of every sample, for `mixhead.record_routing`."""
+        return {"time_step": t.expand(x.shape[0]), "class": y}
+
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Classifier-free guidance: the first half of the batch has its classes, the second half the null class.
 

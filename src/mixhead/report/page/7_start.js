@@ -18,4 +18,5 @@ drawControls();
 drawTokens();
 drawCompare();
 drawGroups();
+drawTogether();
 drawWords();
