@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 
 from mixhead.cli import bench, convert, demo, doctor, evaluate, fetch, generate, recipes, train, tune
+from mixhead.cli import fill_mask as masked
+from mixhead.cli import translate as translation
 from mixhead.errors import MixheadError
 
 app = typer.Typer(
@@ -25,6 +27,12 @@ app.add_typer(bench.app, name="bench", help="Measure speed against dense attenti
 app.command("train")(train.train)
 app.add_typer(recipes.app, name="recipes", help="The recipes that `mixhead train` runs: list and copy them.")
 app.command("fetch")(fetch.fetch)
+app.command("pairs")(translation.pairs)
+app.command("vocabulary")(translation.vocabulary)
+app.command("translate")(translation.translate)
+app.command("evaluate-translation")(translation.evaluate_translation_verb)
+app.command("expert-words")(translation.expert_words_verb)
+app.command("fill-mask")(masked.fill_mask_verb)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 
