@@ -1,6 +1,6 @@
 """Masked language modelling on the addresses: MoA, Transformers of the same parameters and compute, and more experts.
 
-    python benchmarks/masked_lm.py [--runs runs/masked_lm] [--seeds 0 1 2] [--arms moa-8 same-compute ...] [key=value ...]
+    python benchmarks/masked_lm.py [--runs runs/masked_lm] [--seeds 0 1 2] [--arms moa-8 ...] [key=value ...]
 
 Every arm is the recipe `moa-mlm` with another attention; data, vocabulary, steps, masks and learning rate are the same.
 The arms `moa-E` use 3 of E experts: what a token costs does not grow with E, but for the router. Runs that are complete

@@ -105,8 +105,8 @@ def test_every_window_comes_once_a_round_with_other_masks() -> None:
 def test_scoring_targets_alone_changes_no_loss() -> None:
     torch.manual_seed(0)
     config = MoAEncoderConfig(
-        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_heads=2, active_heads=1, head_dim=8,
-        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, switch_weight=0.0, z_weight=0.0,
+        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_heads=2, active_heads=1,
+        head_dim=8, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, switch_weight=0.0, z_weight=0.0,
     )  # fmt: skip
     model = MoAForMaskedLM(config)
     ids = torch.randint(4, 60, (2, 9))
