@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mixhead.errors import MixheadError
 from mixhead.ops.api import Choice, autocast_together
+from mixhead.ops.cpu import projections as cpu_projections
+from mixhead.ops.projections import dtype_of_products
 
 
 class ToSlots(Protocol):
@@ -104,7 +106,10 @@ def explain_slot_projection(rows: Tensor, weight_EDC: Tensor, expert_BNS: Tensor
         return Choice(
             "dense", f"listing the rows of experts would make the {rows.device.type} device wait for the host"
         )
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if (compiling or cpu_projections.pays(dtype_of_products(rows))) and cpu_projections.refusal(rows) is None:
+        return Choice("cpu", f"{slots} of {experts} experts are chosen: the C++ kernel skips the rest")
+    if compiling:
         return Choice("dense", "torch.compile needs static shapes, and the dense projection has them")
     return Choice("gathered", f"{slots} of {experts} experts are chosen: a loop over the experts skips the rest")
 
@@ -115,6 +120,8 @@ def pick(impl: str, rows: Tensor, weight_EDC: Tensor, expert_BNS: Tensor) -> str
         return explain_slot_projection(rows, weight_EDC, expert_BNS).impl
     if impl not in SLOT_PROJECTIONS:
         raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(SLOT_PROJECTIONS)}.")
+    if impl == "cpu" and (cpu_projections.refusal(rows) or rows.numel() == 0 or weight_EDC.numel() == 0):
+        return "gathered"
     return impl
 
 
@@ -217,4 +224,5 @@ SLOT_PROJECTIONS: dict[str, SlotProjections] = {
     "reference": SlotProjections(reference_to_slots, reference_from_slots),
     "dense": SlotProjections(dense_to_slots, dense_from_slots),
     "gathered": SlotProjections(gathered_to_slots, gathered_from_slots),
+    "cpu": SlotProjections(cpu_projections.to_slots, cpu_projections.from_slots),
 }
