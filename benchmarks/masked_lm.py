@@ -109,12 +109,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     options = parser.parse_args()
+    command = " ".join(["python benchmarks/masked_lm.py", *options.overrides])
     for seed in options.seeds:
         for arm in options.arms:
             run(arm, seed, options.runs / f"{arm}-{seed}", options.overrides)
             rows = finished(options.runs)
             options.results.mkdir(parents=True, exist_ok=True)
-            page = f"# Masked language modelling\n\n`python benchmarks/masked_lm.py`\n\n{table(rows, 3 * len(ARMS))}"
+            page = f"# Masked language modelling\n\n`{command}`\n\n{table(rows, 3 * len(ARMS))}"
             (options.results / "masked_lm.md").write_text(page)
             (options.results / "masked_lm.json").write_text(json.dumps(rows, indent=1) + "\n")
 

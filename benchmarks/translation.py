@@ -145,12 +145,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     options = parser.parse_args()
+    command = " ".join(["python benchmarks/translation.py", *options.overrides])
     for seed in options.seeds:
         for arm in options.arms:
             run(arm, seed, options.runs / f"{arm}-{seed}", options.overrides)
             rows = finished(options.runs)
             options.results.mkdir(parents=True, exist_ok=True)
-            page = f"# English-German\n\n`python benchmarks/translation.py`\n\n{table(rows, seeds=3)}"
+            page = f"# English-German\n\n`{command}`\n\n{table(rows, seeds=3)}"
             (options.results / "translation.md").write_text(page)
             (options.results / "translation.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -92,7 +92,7 @@ def test_targets_are_masked_replaced_or_left() -> None:
 def test_every_window_comes_once_a_round_with_other_masks() -> None:
     tokenizer = train_vocabulary([TEXT], 280)
     windows_WN = torch.arange(4, 4 + 6 * 10).view(6, 10)
-    batches = MaskedBatches(windows_WN, tokenizer, 3, 0.5, count=4, seed=0)
+    batches = MaskedBatches(windows_WN, tokenizer, 3, 0.5, seed=0)
     shown = [
         torch.where(b["labels"] == IGNORED, b["input_ids"], b["labels"]) for b in map(batches.__getitem__, range(4))
     ]

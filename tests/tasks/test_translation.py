@@ -196,7 +196,7 @@ def test_a_vocabulary_of_another_model_is_refused(trained: Path) -> None:
 def test_batches_hold_every_short_pair_once_a_round() -> None:
     pairs = sentences(200, seed=0)
     tokenizer = train_vocabulary((side for pair in pairs for side in pair), 300)
-    batches = PairBatches(tokenizer, pairs, max_tokens=60, max_length=8, count=10**6, seed=0)
+    batches = PairBatches(tokenizer, pairs, max_tokens=60, max_length=8, seed=0)
     assert 0 < len(batches.lengths) < 200
     for number in range(3):
         plan = batches._batches(number)
