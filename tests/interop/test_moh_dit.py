@@ -88,7 +88,7 @@ def test_weights_that_do_not_fit_are_named(golden):
     without = {k: v for k, v in weights.items() if k != "blocks.1.attn.wg_0.weight"}
     with pytest.raises(MixheadError, match=r"missing \['blocks.1.attention.moh_router.stage_proj.weight'\]"):
         from_official("moh_dit", case.config, without)
-    with pytest.raises(MixheadError, match=r"unexpected \['blocks.0.attn.wg_2.weight'\]"):
+    with pytest.raises(MixheadError, match=r"unexpected \['blocks.0.attention.wg_2.weight'\]"):
         from_official("moh_dit", case.config, {**weights, "blocks.0.attn.wg_2.weight": torch.ones(1)})
     with pytest.raises(MixheadError, match=r"class_embed.weight must be \[10, 48\], but it is \[8, 48\]"):
         from_official("moh_dit", {**case.config, "num_classes": 9}, weights)
@@ -204,7 +204,7 @@ print((peak() - before) / size)
 
 def test_memory_of_a_training_checkpoint(tmp_path):
     """Weights, averages and two moments are in the file; what is loaded and used is one of the four."""
-    sizes = {"sample_size": 4, "hidden_size": 384, "depth": 8, "num_heads": 6, "num_classes": 10}
+    sizes = {"sample_size": 4, "hidden_size": 384, "depth": 4, "num_heads": 6, "num_classes": 10}
     tiny = {**sizes, "hidden_size": 24, "depth": 1}
     weights = official_names(MoHDiT(MoHDiTConfig(**sizes)).state_dict())
     moments = {i: {"exp_avg": w.clone(), "exp_avg_sq": w.clone()} for i, w in enumerate(weights.values())}
