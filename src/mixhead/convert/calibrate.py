@@ -5,6 +5,7 @@
    router's scores. Heads with the largest mean contribution become the shared ones.
 3. A few batches give what each layer loses at every number of heads, and one batch how much the model's output changes
    when that layer alone is routed. From both, heads are shared out among the layers: one goes where it is missed least.
+4. All batches give, for every layer, the output projection that makes the most of the heads that are left.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from mixhead.convert.budget import share_out
 from mixhead.convert.dit import dit_sites, set_dit_layer_heads
+from mixhead.convert.refit import OutputTrace, routes
 from mixhead.convert.statistics import LayerFit, LossTrace, MeanTrace, ScoreTrace
 from mixhead.convert.swap import set_layer_heads
 from mixhead.errors import MixheadError
@@ -45,6 +47,10 @@ class CalibrationConfig:
         pilot_batches: batches for the means and for the loss at each number of heads.
         probe_sequences: sequences for the sensitivity of each layer (one forward pass per layer), off the last batch.
         ridge: strength of the regression's ridge, relative to the mean square of the hidden states.
+        refit_output: whether the output projections are fitted to the heads that are left (least squares, towards what
+            all heads gave). This changes weights of the original model; False keeps every one of them.
+        output_ridge: strength of the ridge that holds them near the original ones, relative to the mean square of the
+            heads' outputs.
         autocast: dtype of the forward passes, for example torch.bfloat16; None computes in the model's own.
     """
 
@@ -54,6 +60,8 @@ class CalibrationConfig:
     pilot_batches: int = 2
     probe_sequences: int = 1
     ridge: float = 1e-3
+    refit_output: bool = True
+    output_ridge: float = 1e-3
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -61,8 +69,11 @@ class CalibrationConfig:
             raise MixheadError(f"budget={self.budget!r} is unknown: choose sensitivity or uniform.")
         if min(self.pilot_batches, self.probe_sequences) < 1 or self.dense_layers < 0:
             raise MixheadError("pilot_batches and probe_sequences must be at least 1, and dense_layers at least 0.")
-        if not 0.0 <= self.least_share <= 1.0 or not 0.0 < self.ridge < math.inf:
-            raise MixheadError("least_share must lie between 0 and 1, and ridge must be a positive number.")
+        if not 0.0 <= self.least_share <= 1.0:
+            raise MixheadError(f"least_share={self.least_share} must lie between 0 and 1.")
+        for name in ("ridge", "output_ridge"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise MixheadError(f"{name}={getattr(self, name)} must be a positive number.")
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class LayerReport:
         num_heads: H.
         active_heads: heads that a token uses.
         shared_heads: indices of the heads that every token uses.
-        expected_loss: share of the attention output's energy that the skipped heads take with them.
+        expected_loss: share of the attention output's energy that is lost with the skipped heads.
         sensitivity: how far the model's output moves when this layer alone is routed at the probe's number of heads
             (mean KL divergence in nats, or relative squared error for models without logits); NaN if not measured.
     """
@@ -215,12 +226,18 @@ class Calibration:
         self.on_progress = on_progress
         probed = len(self.sites) if self.by_sensitivity else 0
         self.steps = 2 * len(self.pilots) + len(self.batches) + (1 + probed) * self.by_sensitivity
+        self.steps += len(self.batches) * self.refits
         self.done = 0
 
     @property
     def by_sensitivity(self) -> bool:
         """Whether layers may get different numbers of heads."""
         return self.config.budget == "sensitivity" and not all(heads.is_dense for heads in self.heads)
+
+    @property
+    def refits(self) -> bool:
+        """Whether output projections are fitted anew."""
+        return self.config.refit_output and not all(heads.is_dense for heads in self.heads)
 
     def run(self) -> CalibrationReport:
         """All steps."""
@@ -234,6 +251,9 @@ class Calibration:
                 sensitivity = self.probe(fits, shared)
                 self.heads = self.budget(counts, losses, sensitivity)
             self.install(self.heads, fits, shared)
+            if self.refits:
+                for name, lost in self.refit_outputs().items():
+                    losses[name] = dict.fromkeys(losses[name], lost * totals[name])
         for site in self.sites:
             site.module.train(site.module.training)  # new routers take on the mode that is in force again
         return CalibrationReport(
@@ -345,6 +365,12 @@ class Calibration:
                 router.score_proj.bias.copy_(fit.bias_H)
                 router.shared_H.copy_(shared[site.name])
                 module.moh_skipped.copy_(fit.mean_HD)
+
+    def refit_outputs(self) -> dict[str, float]:
+        """Step 4; returns the share of the output's energy that is still lost, of every layer that routes."""
+        trace = OutputTrace(self.sites)
+        self.forward(self.batches, trace)
+        return {site.name: trace.refit(site, self.config.output_ridge) for site in self.sites if routes(site)}
 
     def forward(self, batches: Sequence[Mapping[str, Any]], trace: RoutingTrace) -> None:
         """Runs the model on batches for a trace's sake."""
