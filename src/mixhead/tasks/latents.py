@@ -161,5 +161,5 @@ def _write_shard(inputs: PixelInputs, vae: Any, path: Path, indices: range) -> N
         images = to_signed(torch.stack([inputs.eight_bits(index) for index in batch]))
         for name, latents in views.items():
             latents.append(encode(vae, images.flip(-1) if name == "mirrored" else images))
-    tensors = {name: torch.cat(latents) for name, latents in views.items()}
+    tensors = {name: torch.cat(latents).contiguous() for name, latents in views.items()}
     write_folder(path.parent, lambda partial: save_file(tensors, partial / path.name))
