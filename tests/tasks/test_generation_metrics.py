@@ -179,7 +179,7 @@ def test_other_weights_are_refused(tmp_path):
     with pytest.raises(MixheadError, match="another network"):
         InceptionFeatures(file)
     file.write_bytes(b"no weights")
-    with pytest.raises(MixheadError, match="cannot|can be read"):
+    with pytest.raises(MixheadError, match="can be read"):
         InceptionFeatures(file)
     with pytest.raises(MixheadError, match="unknown"):
         feature_extractor("inception")

@@ -78,7 +78,6 @@ def load_pipeline(folder: str | Path, vae: str | Path | None = None) -> MoHDiTPi
         MixheadError: where there is none, a file is damaged, or the VAE does not fit.
     """
     from mixhead.models.moh_dit import MoHDiTPipeline, MoHDiTTransformer2DModel, load_dit
-    from mixhead.tasks.latents import load_vae
 
     folder = Path(folder)
     if (folder / "model" / "model_index.json").is_file():
