@@ -3,9 +3,9 @@
     mixhead fetch fashion-mnist
     python benchmarks/fashion_vit.py [--arms moh-vit-fashion ...] [--seeds 0 1 2] [--runs runs/fashion-vit]
 
-Every arm is a recipe of mixhead, with the same sizes, data, steps, learning rate and augmentation. Runs that are complete
-are not made again, those that were stopped go on, and several of these scripts may work on the same folder at once.
-The tables are made from all runs of the folder that are complete.
+Every arm is a recipe of mixhead, with the same sizes, data, steps, learning rate and augmentation. Runs that are
+complete are not made again, those that were stopped go on, and several of these scripts may work on the same folder at
+once. The table is made from all runs of the folder that are complete.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def table(results: list[dict]) -> str:
     """Mean and spread of each arm, and what the figures ask for."""
     by_arm = {arm: sorted((r for r in results if r["arm"] == arm), key=lambda r: r["seed"]) for arm in ARMS}
     lines = [
-        "| model | top-1, mean ± s.d. (%) | of each seed | top-5 (%) | heads used | load, smallest to largest | seeds |",
+        "| model | top-1, mean ± s.d. (%) | of each seed | top-5 (%) | heads used | load, least to most | seeds |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]
     for arm, found in by_arm.items():
@@ -96,8 +96,8 @@ def verdicts(by_arm: dict[str, list[dict]]) -> str:
     spread = statistics.stdev(dense)
     halved = statistics.fmean(dense) - statistics.fmean(half)
     return (
-        f"\n- 75% of the heads lose {loss:.2f} points against dense; asked for: at most one standard deviation of dense, "
-        f"{spread:.2f}: {'reached' if loss <= spread else 'missed'}.\n"
+        f"\n- 75% of the heads lose {loss:.2f} points against dense; asked for: at most one standard deviation of "
+        f"dense, {spread:.2f}: {'reached' if loss <= spread else 'missed'}.\n"
         f"- 50% of the heads lose {halved:.2f} points; asked for: at most 0.5: "
         f"{'reached' if halved <= 0.5 else 'missed'}.\n"
     )
@@ -112,11 +112,12 @@ def write_results(runs: Path) -> None:
         "# A small MoH-ViT on Fashion-MNIST\n\n"
         "`python benchmarks/fashion_vit.py`, "
         f"{datetime.now(UTC):%Y-%m-%d}; mixhead {__version__}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, Python {platform.python_version()}; {cpu_name()}, one thread for each training.\n\n"
+        f"{transformers.__version__}, Python {platform.python_version()}; {cpu_name()}, one thread for each training."
+        "\n\n"
         f"All arms: {recipe['epochs']} epochs of 60,000 images, batches of {recipe['batch_size']}, learning rate "
-        f"{recipe['learning_rate']}, the recipes of the same name; measured on the 10,000 test images after the last step. "
-        "Load: share of the patches that use the least and the most used of the heads that compete, mean of the layers, "
-        "in the last training step.\n\n"
+        f"{recipe['learning_rate']}, the recipes of the same name; measured on the 10,000 test images after the last "
+        "step. Load: share of the patches that use the least and the most used of the heads that compete, mean of the "
+        "layers, in the last training step.\n\n"
     )
     (RESULTS / "fashion_vit.md").write_text(head + table(results), encoding="utf-8")
     (RESULTS / "fashion_vit.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -9,13 +9,16 @@ from rich.console import Console
 
 from mixhead.cli import (
     bench,
+    classify,
     convert,
     demo,
     doctor,
     evaluate,
+    evaluate_images,
     evaluate_samples,
     fetch,
     generate,
+    inspect,
     recipes,
     sample,
     train,
@@ -33,6 +36,8 @@ app = typer.Typer(
 app.command("convert")(convert.convert)
 app.command("tune")(tune.tune)
 app.command("evaluate")(evaluate.evaluate)
+app.command("evaluate-images")(evaluate_images.evaluate_images)
+app.command("classify")(classify.classify)
 app.command("generate")(generate.generate)
 app.add_typer(bench.app, name="bench", help="Measure speed against dense attention, checked before it is timed.")
 app.command("train")(train.train)
@@ -40,6 +45,7 @@ app.add_typer(recipes.app, name="recipes", help="The recipes that `mixhead train
 app.command("sample")(sample.sample)
 app.command("evaluate-samples")(evaluate_samples.evaluate_samples)
 app.command("fetch")(fetch.fetch)
+app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mixhead.errors import MixheadError
 from mixhead.interop.dit import moh_dit, moh_dit_attention
 from mixhead.interop.llama import moh_llama
+from mixhead.interop.moa import moa_attention
 from mixhead.interop.vit import moh_vit
 
 StateDict = Mapping[str, Tensor]
@@ -39,6 +40,7 @@ def from_official(kind: str, config: Mapping[str, Any], state_dict: StateDict) -
 
 
 KINDS: dict[str, Callable[[Mapping[str, Any], StateDict], nn.Module]] = {
+    "moa_attention": moa_attention,
     "moh_dit": moh_dit,
     "moh_dit_attention": moh_dit_attention,
     "moh_llama": moh_llama,

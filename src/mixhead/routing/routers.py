@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
+from mixhead.routing.router import Router
 from mixhead.routing.selection import grouped_top_k_mask, top_k_mask
 from mixhead.routing.value import Routing
 
 
-class TwoStageRouter(nn.Module):
+class TwoStageRouter(Router):
     """Learned router with weighted gates, exactly as the official MoH code for ViT and DiT computes it.
 
     The first `shared_heads` heads are always used; of the other E = num_heads - shared_heads, each token uses its
@@ -109,7 +110,7 @@ class OneStageRouter(TwoStageRouter):
         self.stage_proj = None
 
 
-class BinaryRouter(nn.Module):
+class BinaryRouter(Router):
     """What routers with 0 / 1 gates have in common: which heads are shared, how many are active, how to select.
 
     Any heads may be shared, not only the first, so they are a mask: the buffer `shared_H`, which checkpoints keep.

@@ -134,6 +134,6 @@ def refuse_unreadable(images: LabelledImages, on_progress: Any = None) -> None:
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise MixheadError(
-            f"{len(bad)} of {total} images cannot be read: {' '.join(bad[:5])}{more} Mend or delete them, or leave such "
-            "images out with unreadable=skip."
+            f"{len(bad)} of {total} images cannot be read: {' '.join(bad[:5])}{more} Mend or delete them, or leave "
+            "such images out with unreadable=skip."
         )

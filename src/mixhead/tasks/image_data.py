@@ -140,8 +140,8 @@ def open_both(where: str | Path) -> tuple[LabelledImages, LabelledImages]:
     unseen = sorted(used_classes(test) - used_classes(train))
     if unseen:
         raise MixheadError(
-            f"{where}: {quoted(unseen)} in what is evaluated on, but not in what is trained on: add images of it to the "
-            "training data or take it out."
+            f"{where}: {quoted(unseen)} in what is evaluated on, but not in what is trained on: add images of it to "
+            "the training data or take it out."
         )
     return train, renumbered(test, train.classes)
 
@@ -174,6 +174,28 @@ class Renumbered:
 
     def name(self, index: int) -> str:
         return self.images.name(index)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some of the images of another source."""
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    images: LabelledImages
+    indices: np.ndarray
+
+    def read(self, index: int) -> Image:
+        return self.images.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.indices[index]))
+
+
+def part(images: LabelledImages, number: int, parts: int) -> Part:
+    """Every `parts`-th image, from `number` on: what one of several processes looks at."""
+    indices = np.arange(number, len(images.labels), parts)
+    return Part(images.classes, images.labels[indices], images, indices)
 
 
 def used_classes(images: LabelledImages) -> set[str]:

@@ -110,8 +110,8 @@ def training_arguments(
 class RunMixin(Trainer):
     """Goes before a Trainer of transformers in the bases of a class; that class says what its loss consists of.
 
-    `max_steps` of its arguments says how long it trains. Its `compute_loss` calls `note(share, loss=...)` for every micro-batch, `note_routings` where heads compete, and
-    `columns` lists what it notes.
+    `max_steps` of its arguments says how long it trains. Its `compute_loss` calls `note(share, loss=...)` for every
+    micro-batch, `note_routings` where heads compete, and `columns` lists what it notes.
 
     Attributes:
         columns: names of what is noted, in the order of the log.

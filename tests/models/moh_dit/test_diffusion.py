@@ -193,10 +193,10 @@ def test_a_checkpoint_of_another_size(tmp_path):
     weights = tmp_path / "m" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     save_file({k: v for k, v in tensors.items() if k != "dit.blocks.1.mlp.fc1.bias"}, weights)
-    with pytest.raises(MixheadError, match="do not fit its config.json|belong together.*fc1.bias"):
+    with pytest.raises(MixheadError, match=r"fc1\.bias"):
         load_dit(tmp_path / "m")
     save_file({**tensors, "dit.patch_embed.bias": torch.ones(3)}, weights)
-    with pytest.raises(MixheadError, match="patch_embed.bias"):
+    with pytest.raises(MixheadError, match=r"patch_embed\.bias"):
         load_dit(tmp_path / "m")
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(MixheadError, match="truncated, corrupt or missing"):
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_another_size(tmp_path):
     weights.unlink()
     with pytest.raises(MixheadError, match="truncated, corrupt or missing"):
         load_dit(tmp_path / "m")
-    with pytest.raises(MixheadError, match="config.json is missing"):
+    with pytest.raises(MixheadError, match=r"config\.json is missing"):
         load_dit(tmp_path)
 
 

@@ -181,7 +181,7 @@ class MoHDiTConfig:
                     f"Layer {number} has {layer.num_heads} heads, too few for shared_heads={layer.shared_heads} and "
                     f"top_k={layer.active_heads - layer.shared_heads}."
                 )
-            if layer.active_heads == layer.shared_heads < layer.num_heads:
+            if self.router == "two_stage" and layer.active_heads == layer.shared_heads < layer.num_heads:
                 raise MixheadError(
                     f"Layer {number}: top_k=0 leaves {layer.num_heads - layer.shared_heads} of {layer.num_heads} heads "
                     "unused for ever: choose top_k >= 1 or make every head shared."

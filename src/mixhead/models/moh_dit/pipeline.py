@@ -44,8 +44,8 @@ class MoHDiTPipeline(DiffusionPipeline):
     """Images of given classes from a MoH-DiT.
 
     Unlike diffusers' `DiTPipeline`, which takes the model as well, this one knows models with other classes than
-    ImageNet's, needs no VAE, hands the predicted variance to schedulers that use it, and guides the first three channels
-    only, as the published sampler does.
+    ImageNet's, needs no VAE, hands the predicted variance to schedulers that use it, and guides only the first three
+    channels, as the published sampler does.
 
     Args:
         transformer: the model.
@@ -68,8 +68,8 @@ class MoHDiTPipeline(DiffusionPipeline):
         channels = transformer.config.in_channels
         if vae is not None and vae.config.latent_channels != channels:
             raise MixheadError(
-                f"The VAE has {vae.config.latent_channels} latent channels, but the model was made for {channels}: they "
-                "do not belong together."
+                f"The VAE has {vae.config.latent_channels} latent channels, but the model was made for {channels}: "
+                "they do not belong together."
             )
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label=id2label)
@@ -193,7 +193,8 @@ def denoise(
             on_step(done, len(scheduler.timesteps))
     if not torch.isfinite(x).all():
         raise MixheadError(
-            f"The sample became NaN or infinite: guidance_scale={guidance_scale} may be too large, or the weights broken."
+            f"The sample became NaN or infinite: guidance_scale={guidance_scale} may be too large, or the weights are "
+            "broken."
         )
     return x
 
@@ -211,7 +212,8 @@ def check_sampling(dit: MoHDiT, scheduler: SchedulerMixin, guidance_scale: float
         raise MixheadError("This model has no null class, so it cannot be guided: set guidance_scale to 1.")
     if uses_variance(scheduler) and not dit.config.learn_sigma:
         raise MixheadError(
-            "The scheduler wants a learned variance, but this model predicts none: choose one with a fixed variance_type."
+            "The scheduler wants a learned variance, but this model predicts none: choose one with a fixed "
+            "variance_type."
         )
 
 

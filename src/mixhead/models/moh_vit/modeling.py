@@ -21,6 +21,7 @@ from mixhead.errors import MixheadError
 from mixhead.models.moh_vit.attention import AggregatedAttention, CosineAttention, GlobalAttention
 from mixhead.models.moh_vit.configuration import MoHTransNeXtConfig
 from mixhead.models.moh_vit.positions import RelativePositions, Size, relative_positions
+from mixhead.ops import convolutional_glu
 from mixhead.routing import OneStageRouter, Routing, TwoStageRouter, mean_balance_loss
 
 # softplus of the initial temperature is 1 / 0.24.
@@ -73,12 +74,11 @@ class ConvolutionalGLU(nn.Module):
         self.fc2 = nn.Linear(width, hidden_size)
 
     def forward(self, hidden_BNC: Tensor, size: Size) -> Tensor:
-        # Two products instead of one that is cut: either result is then a whole map for the convolution.
-        gate_weight, value_weight = self.fc1.weight.chunk(2)
-        gate_bias, value_bias = self.fc1.bias.chunk(2)
-        gate_BMYX = F.linear(hidden_BNC, gate_weight, gate_bias).transpose(1, 2).unflatten(2, size)
-        gate_BNM = F.gelu(self.dwconv(gate_BMYX)).flatten(2).transpose(1, 2)
-        return self.fc2(gate_BNM * F.linear(hidden_BNC, value_weight, value_bias))
+        hidden_BNK = F.linear(hidden_BNC, self.fc1.weight)
+        gated_BNM = convolutional_glu(
+            hidden_BNK, self.fc1.bias, self.dwconv.weight.squeeze(1), self.dwconv.bias, size=size
+        )
+        return self.fc2(gated_BNM)
 
 
 class Block(GradientCheckpointingLayer):

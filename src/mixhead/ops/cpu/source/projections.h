@@ -1,13 +1,15 @@
 // Products of the rows that select a head with that head's weights, for projections to heads and from heads.
 //
 // Both projections, forward and backward, are made of three products over the rows r that select head h:
-//     to_heads:    Y[r, h] = X[r] W_h^T              rows of C numbers to rows of D
-//     from_heads:  Y[r]   += gate[r, h] X[r, h] W_h   rows of D numbers to rows of C, summed over the heads in their order
-//     weights:     W_h     = sum_r gate[r, h] X[r, h]^T Y[r]
+//     to_heads:    Y[r, s] = X[r] W_h^T              rows of C numbers to rows of D
+//     from_heads:  Y[r]   += gate[r, s] X[r, s] W_h   rows of D numbers to rows of C, summed over the heads in their order
+//     weights:     W_h     = sum_r gate[r, s] X[r, s]^T Y[r]
+// A row has S slots, and s is the one that head h stands in: s = h with a slot for every head, or, with as many slots as a
+// row has heads (experts), the one that a table names.
 // float rows are multiplied where they lie, through pointers to rows. bf16 rows are first brought together, a block that
 // fits into the cache at a time, as the matrix units want them. All sums are in float, and none depends on the threads.
 //
-// Legend: H heads, D head dim, C hidden size, R rows (batch x tokens), k depth of a product.
+// Legend: H heads, S slots, D head dim, C hidden size, R rows (batch x tokens), k depth of a product.
 #pragma once
 
 #include <algorithm>
@@ -53,19 +55,19 @@ class Lines {
   int64_t size_ = 0;
 };
 
-// The rows that select each head, in rising order.
+// The rows that select each head, in rising order, and the slot that the head has in each.
 struct Selection {
   std::vector<int64_t> start;  // [H + 1]
-  std::vector<int64_t> row;
+  std::vector<int64_t> row, slot;
   int64_t count(int64_t h) const { return start[h + 1] - start[h]; }
 };
 
-// Rows of D numbers, one for each row r = b N + n and head, in a tensor [B, H, N, D] with any strides but the last.
+// Rows of D numbers, one for each row r = b N + n and slot, in a tensor [B, S, N, D] with any strides but the last.
 template <class T>
 struct HeadRows {
   View<T> view;
   int64_t N = 1;
-  T* at(int64_t r, int64_t h) const { return view.at(r / N, h, r % N); }
+  T* at(int64_t r, int64_t s) const { return view.at(r / N, s, r % N); }
 };
 
 // Weights [H, D, C] with any strides.
@@ -265,10 +267,10 @@ inline void multiply(const Rows<BFloat>& rows, int64_t, int64_t depth, const BFl
 // One projection: its sizes, the selection and the gates (null: 1).
 template <class T>
 struct Projection {
-  int64_t H, D, C, R;
+  int64_t H, S, D, C, R;
   const Selection* selection;
-  const float* gates = nullptr;  // [R, H]
-  float gate(int64_t r, int64_t h) const { return gates ? gates[r * H + h] : 1.f; }
+  const float* gates = nullptr;  // [R, S]
+  float gate(int64_t r, int64_t s) const { return gates ? gates[r * S + s] : 1.f; }
 
   Panels<T> panels_to() const { return {C, D}; }
   // A panel does not cross the edge of a block of columns, since kColumns is a multiple of kPanel.
@@ -294,7 +296,7 @@ struct Projection {
     Rows<T> rows;
   };
 
-  // to[r, h] = gate (from[r] W_h^T + bias_h). Where there is `other`, gate_gradient[r, h] = other[r, h] . from[r] W_h^T.
+  // to[r, s] = gate (from[r] W_h^T + bias_h). Where there is `other`, gate_gradient[r, s] = other[r, s] . from[r] W_h^T.
   void to_heads(const Piece& piece, const T* from, const T* packed, const T* bias, const HeadRows<T>& to,
                 const HeadRows<const T>* other, float* gate_gradient, MemoryTo& m) const {
     const Panels<T> panels = panels_to();
@@ -315,15 +317,15 @@ struct Projection {
       }
     }
     for (int64_t i = 0; i < piece.count; ++i) {
-      const int64_t r = selection->row[piece.first + i];
+      const int64_t r = selection->row[piece.first + i], s = selection->slot[piece.first + i];
       const float* sum = m.rows.to[i];
-      const float factor = gate(r, h);
-      T* row = to.at(r, h);
+      const float factor = gate(r, s);
+      T* row = to.at(r, s);
       if (other) {
-        const T* x = other->at(r, h);
+        const T* x = other->at(r, s);
         float dot = 0.f;
         for (int64_t d = 0; d < D; ++d) dot += sum[d] * widen(x[d]);
-        gate_gradient[r * H + h] = dot;
+        gate_gradient[r * S + s] = dot;
       }
       if (bias) {
         for (int64_t d = 0; d < D; ++d) narrow(factor * (sum[d] + widen(bias[h * D + d])), row + d);
@@ -339,7 +341,7 @@ struct Projection {
     Rows<T> rows;
   };
 
-  // to[r] = bias + sum over the heads of r of gate from[r, h] W_h, for rows r0 ... and columns c0 ...
+  // to[r] = bias + sum over the heads of r of gate from[r, s] W_h, for rows r0 ... and columns c0 ...
   void from_heads(int64_t r0, int64_t c0, const HeadRows<const T>& from, const T* packed, const T* bias, T* to,
                   MemoryFrom& m) const {
     const Panels<T> panels = panels_from();
@@ -358,10 +360,11 @@ struct Projection {
       const auto last = std::lower_bound(head, head_end, r1);
       for (auto at = std::lower_bound(head, head_end, r0); at < last; at += m.rows.count) {
         m.rows.count = std::min<int64_t>(kBlock, last - at);
+        const int64_t* slot = selection->slot.data() + (at - row);
         for (int64_t i = 0; i < m.rows.count; ++i) {
-          m.rows.from[i] = from.at(at[i], h);
+          m.rows.from[i] = from.at(at[i], slot[i]);
           m.rows.to[i] = m.sum.data() + (at[i] - r0) * kColumns;
-          m.rows.scale[i] = gate(at[i], h);
+          m.rows.scale[i] = gate(at[i], slot[i]);
         }
         for (int64_t k = 0; k < D; k += kDepth) {
           const int64_t depth = std::min(kDepth, D - k);
@@ -384,13 +387,13 @@ struct Projection {
     Lines<float> sum;  // [D, padded][C, padded]
   };
 
-  // W_h = sum_r gate left[r, h]^T right[r]
+  // W_h = sum_r gate left[r, s]^T right[r]
   void weights(int64_t h, const HeadRows<const T>& left, const T* right, const Weights<T>& to, MemoryWeights& m) const {
     const int64_t dims = round_up(D, 16), width = round_up(C, 16);
     std::memset(m.sum.reserve(dims * width), 0, dims * width * sizeof(float));
     for (int64_t first = selection->start[h]; first < selection->start[h + 1]; first += kDepth) {
       const int64_t depth = std::min(kDepth, selection->start[h + 1] - first);
-      add_to_weights(h, selection->row.data() + first, depth, left, right, dims, width, m);
+      add_to_weights(selection->row.data() + first, selection->slot.data() + first, depth, left, right, dims, width, m);
     }
     T* out = to.data + h * to.head;
     if (std::is_same_v<T, float> && to.dim == 1 && D == dims) {
@@ -406,11 +409,11 @@ struct Projection {
     }
   }
 
-  void add_to_weights(int64_t h, const int64_t* r, int64_t depth, const HeadRows<const float>& left, const float* right,
-                      int64_t dims, int64_t width, MemoryWeights& m) const {
+  void add_to_weights(const int64_t* r, const int64_t* s, int64_t depth, const HeadRows<const float>& left,
+                      const float* right, int64_t dims, int64_t width, MemoryWeights& m) const {
     m.left.reserve(kDepth * dims);
     m.right.reserve(kDepth * kColumns);
-    for (int64_t k = 0; k < depth; ++k) copy_row(left.at(r[k], h), D, gate(r[k], h), m.left.data() + k * dims);
+    for (int64_t k = 0; k < depth; ++k) copy_row(left.at(r[k], s[k]), D, gate(r[k], s[k]), m.left.data() + k * dims);
     for (int64_t c0 = 0; c0 < C; c0 += kColumns) {
       const int64_t c1 = std::min(C, c0 + kColumns);
       for (int64_t k = 0; k < depth; ++k) {
@@ -430,8 +433,8 @@ struct Projection {
   }
 
 #if defined(__AVX512BF16__)
-  void add_to_weights(int64_t h, const int64_t* r, int64_t depth, const HeadRows<const BFloat>& left, const BFloat* right,
-                      int64_t dims, int64_t width, MemoryWeights& m) const {
+  void add_to_weights(const int64_t* r, const int64_t* s, int64_t depth, const HeadRows<const BFloat>& left,
+                      const BFloat* right, int64_t dims, int64_t width, MemoryWeights& m) const {
     const int64_t padded = round_up(depth, 32), ld = kDepth + 32, wide = std::max(dims, kPanel);
     std::memset(m.row.reserve(2 * wide), 0, 2 * wide * sizeof(BFloat));
     m.pairs.reserve(kDepth * dims);
@@ -441,7 +444,7 @@ struct Projection {
       for (int64_t i = 0; i < 2; ++i) {
         BFloat* row = m.row.data() + i * dims;
         if (k + i < depth) {
-          copy_row(left.at(r[k + i], h), D, gate(r[k + i], h), row);
+          copy_row(left.at(r[k + i], s[k + i]), D, gate(r[k + i], s[k + i]), row);
         } else {
           std::memset(row, 0, D * sizeof(BFloat));
         }
