@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -354,6 +356,18 @@ def test_train_sample_and_evaluate_from_the_command_line(trained, pictures, tmp_
         assert sentence in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "x.png").exists()
     assert run(["sample", str(tmp_path), "-o", str(tmp_path / "x.png")]) == 2
+
+
+@pytest.mark.distributed
+def test_two_processes_draw_the_images_of_one(trained, tmp_path):
+    command = ["sample", str(trained), "-n", "11", "--steps", "2", "--batch-size", "4", "-o"]
+    assert run([*command, str(tmp_path / "one.png")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "mixhead.cli"]
+    subprocess.run([*launch, *command, str(tmp_path / "two.png")], check=True, capture_output=True, timeout=300)
+    ours, theirs = (sorted((tmp_path / name).glob("*.png")) for name in ("one", "two"))
+    assert len(ours) == 11
+    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
 def test_a_small_classifier_measures_samples(trained, pictures, tmp_path, capsys):

@@ -20,7 +20,7 @@ def sample(
         list[str] | None,
         typer.Option("--class", help="Class by number or name; may be given several times. All by default."),
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Images; they take the classes in turn.")] = 64,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Images; they take the classes in turn.")] = 64,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = DEFAULTS.steps,
     guidance: Annotated[
         float, typer.Option(help="Classifier-free guidance: 1 is none, more makes images more typical.")
@@ -42,7 +42,8 @@ def sample(
 ) -> None:
     """Draws images, each from its own noise; an interrupted call goes on where it was when it is repeated.
 
-    Several processes: `torchrun --nproc_per_node N -m mixhead.cli sample ...` shares the images among them.
+    Several processes share the images: `torchrun --nproc_per_node 2 -m mixhead.cli sample MODEL -n 64` (torchrun would
+    take --n for its own).
     """
     config = SamplingConfig(
         steps=steps,
@@ -58,7 +59,7 @@ def sample(
     folder = out.with_suffix("")
     with progress_bar("Drawing") as on_progress:
         files = draw_folder(pipeline, labels, config, folder, {"model": str(model.resolve())}, on_progress)
-    if all(path.is_file() for path in files):
+    if files:
         write_grid(files, out, columns)
         shown = f"the first {GRID} of them" if n > GRID else "all of them"
         console.print(f"{n} images are in {folder}, {shown} in {out}.", markup=False, highlight=False)

@@ -100,14 +100,15 @@ def draw_folder(
         on_progress: called with (images done, all) of this process, without those that the folder held already.
 
     Returns:
-        The files of all samples, in order; complete in the main process.
+        The files of all samples, in order; of several processes, the other ones than the first return none.
 
     Raises:
         MixheadError: where the folder holds other samples, or drawing fails.
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    # Said outright: without it several processes on a machine without accelerator would each draw everything.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     names = class_names(pipeline)
     files = [sample_path(folder, number, names[label]) for number, label in enumerate(classes)]
     if state.is_main_process:
@@ -125,7 +126,7 @@ def draw_folder(
             write_png(image, files[number])
         drawn += len(batch)
     state.wait_for_everyone()
-    return files
+    return files if state.is_main_process else []
 
 
 def _batches(state: Any, samples: int, config: SamplingConfig) -> list[range]:
