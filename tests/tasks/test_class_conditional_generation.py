@@ -30,7 +30,7 @@ from mixhead.tasks.generation_data import (
 )
 from mixhead.tasks.generation_trainer import TrainingSettings
 from mixhead.tasks.latents import cache_latents, load_vae, shard_file
-from mixhead.tasks.recipes import Recipe, read_recipe, settings_from, shipped_recipes
+from mixhead.tasks.recipes import Recipe, read_recipe, settings_from, shipped_recipes, write_recipe
 from mixhead.tasks.sampling import SamplingConfig, class_number, load_pipeline, sample_images
 
 SIDE = 8
@@ -358,12 +358,28 @@ def test_train_sample_and_evaluate_from_the_command_line(trained, pictures, tmp_
     assert run(["sample", str(tmp_path), "-o", str(tmp_path / "x.png")]) == 2
 
 
+def in_two_processes(*command):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "--", "mixhead.cli"]
+    subprocess.run([*launch, *command], check=True, capture_output=True, timeout=300)
+
+
+@pytest.mark.distributed
+def test_two_processes_train_as_one_with_twice_the_batch(pictures, tmp_path):
+    file = tmp_path / "tiny.yaml"
+    one = recipe(pictures, batch_size=4, steps=3, save_every=3)
+    write_recipe(one, file)
+    generation.train(one, tmp_path / "one")
+    in_two_processes("train", str(file), "training.batch_size=2", "--run", str(tmp_path / "two"))
+    for ours, theirs in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
+        assert float(ours["noise"]) == pytest.approx(float(theirs["noise"]), rel=1e-4)
+        assert ours["images"] == theirs["images"]
+
+
 @pytest.mark.distributed
 def test_two_processes_draw_the_images_of_one(trained, tmp_path):
-    command = ["sample", str(trained), "-n", "11", "--steps", "2", "--batch-size", "4", "-o"]
+    command = ["sample", str(trained), "--n", "11", "--steps", "2", "--batch-size", "4", "-o"]
     assert run([*command, str(tmp_path / "one.png")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "mixhead.cli"]
-    subprocess.run([*launch, *command, str(tmp_path / "two.png")], check=True, capture_output=True, timeout=300)
+    in_two_processes(*command, str(tmp_path / "two.png"))
     ours, theirs = (sorted((tmp_path / name).glob("*.png")) for name in ("one", "two"))
     assert len(ours) == 11
     assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]

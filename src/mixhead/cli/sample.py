@@ -20,7 +20,7 @@ def sample(
         list[str] | None,
         typer.Option("--class", help="Class by number or name; may be given several times. All by default."),
     ] = None,
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Images; they take the classes in turn.")] = 64,
+    n: Annotated[int, typer.Option("--n", min=1, help="Images; they take the classes in turn.")] = 64,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = DEFAULTS.steps,
     guidance: Annotated[
         float, typer.Option(help="Classifier-free guidance: 1 is none, more makes images more typical.")
@@ -42,8 +42,7 @@ def sample(
 ) -> None:
     """Draws images, each from its own noise; an interrupted call goes on where it was when it is repeated.
 
-    Several processes share the images: `torchrun --nproc_per_node 2 -m mixhead.cli sample MODEL -n 64` (torchrun would
-    take --n for its own).
+    Several processes share the images: `torchrun --nproc_per_node 2 -m -- mixhead.cli sample MODEL --n 64`.
     """
     config = SamplingConfig(
         steps=steps,
