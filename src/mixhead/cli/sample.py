@@ -57,7 +57,7 @@ def sample(
     labels = [numbers[i % len(numbers)] for i in range(n)]
     folder = out.with_suffix("")
     with progress_bar("Drawing") as on_progress:
-        files = draw_folder(pipeline, labels, config, folder, {"model": str(model.resolve())}, on_progress)
+        files = draw_folder(pipeline, labels, config, folder, model, on_progress)
     if files:
         write_grid(files, out, columns)
         shown = f"the first {GRID} of them" if n > GRID else "all of them"

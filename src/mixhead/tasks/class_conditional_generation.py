@@ -57,6 +57,8 @@ class DataSettings:
             raise MixheadError(f"size={self.size} must be a positive number of pixels.")
         if (self.vae is None) != (self.latents is None):
             raise MixheadError("vae and latents belong together: give both, or neither to train on pixels.")
+        if self.vae is not None and self.channels != 3:
+            raise MixheadError(f"channels={self.channels}: a VAE takes colour images, so it must be 3.")
 
 
 @dataclass(frozen=True)
