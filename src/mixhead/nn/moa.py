@@ -23,7 +23,7 @@ class MixtureOfAttentionHeads(nn.Module):
     y_t = sum over the chosen experts i of gate_i softmax(q_t W^q_i (K W^k)^T / sqrt(D)) V W^v W^o_i. Every expert has a
     query and an output projection of its own; keys and values are made once, for all experts together.
 
-    Parameters: `q_experts` [E, C, X], `o_experts` [E, X, C], `k_proj.weight` and `v_proj.weight` [X, key_value_size]
+    Parameters: `q_experts` [E, C, X], `o_experts` [E, X, C], `kv_proj.weight` [2 X, key_value_size] (keys, then values)
     and those of `router`; none has a bias. An expert has `num_key_value_heads` heads of `head_dim`, X in all (one in
     MoA; 16 in JetMoE).
 
@@ -75,8 +75,7 @@ class MixtureOfAttentionHeads(nn.Module):
         width = num_key_value_heads * head_dim
         self.q_experts = nn.Parameter(torch.empty(num_experts, hidden_size, width))
         self.o_experts = nn.Parameter(torch.empty(num_experts, width, hidden_size))
-        self.k_proj = nn.Linear(key_value_size, width, bias=False)
-        self.v_proj = nn.Linear(key_value_size, width, bias=False)
+        self.kv_proj = nn.Linear(key_value_size, 2 * width, bias=False)
         self.router = ExpertRouter(
             hidden_size,
             num_experts,
@@ -90,10 +89,10 @@ class MixtureOfAttentionHeads(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier-uniform for each expert, with gain 1 / sqrt(2) for keys and values, zero for the router (official)."""
-        for expert_XX in (*self.q_experts, *self.o_experts):
-            nn.init.xavier_uniform_(expert_XX)
-        for proj in (self.k_proj, self.v_proj):
-            nn.init.xavier_uniform_(proj.weight, gain=2**-0.5)
+        for expert in (*self.q_experts, *self.o_experts):
+            nn.init.xavier_uniform_(expert)
+        for proj_XC in self.kv_proj.weight.chunk(2):
+            nn.init.xavier_uniform_(proj_XC, gain=2**-0.5)
         self.router.reset_parameters()
 
     def forward(
@@ -170,8 +169,8 @@ class MixtureOfAttentionHeads(nn.Module):
 
     def project_keys_and_values(self, states_BTC: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of all experts, [B, K, T, D] each; cross-attention may keep them for later queries."""
-        check_states("key_value", states_BTC, self.k_proj.in_features)
-        k_BTX, v_BTX = self.k_proj(states_BTC), self.v_proj(states_BTC)
+        check_states("key_value", states_BTC, self.kv_proj.in_features)
+        k_BTX, v_BTX = self.kv_proj(states_BTC).chunk(2, -1)
         by_head = (self.num_key_value_heads, self.head_dim)
         return k_BTX.unflatten(-1, by_head).transpose(1, 2), v_BTX.unflatten(-1, by_head).transpose(1, 2)
 

@@ -30,6 +30,7 @@ constexpr int64_t kDepth = 128;                     // numbers of a row that are
 constexpr int64_t kBlock = 96;                      // rows that are multiplied at a time: a multiple of 6 and of 32
 constexpr int64_t kColumns = 256;                   // columns of the output that are summed up at a time ...
 constexpr int64_t kRowsOfSum = 1024;                // ... and how many rows of it
+constexpr int64_t kRowsOfWeights = 256;             // rows that are summed up at a time in the gradient of weights
 
 // An array on a boundary of a cache line, so that no load of a vector needs two lines.
 template <class T>
@@ -88,6 +89,14 @@ struct Panels {
   int64_t count() const { return (width + kPanel - 1) / kPanel; }
   int64_t size() const { return count() * panel_size(); }
   int64_t columns(int64_t panel) const { return std::min(kPanel, width - panel * kPanel); }
+};
+
+// The packed weights of every head.
+template <class T>
+struct Packed {
+  const T* data;
+  int64_t head;
+  const T* at(int64_t h) const { return data + h * head; }
 };
 
 inline uint32_t* words(float* p) { return reinterpret_cast<uint32_t*>(p); }
@@ -202,6 +211,74 @@ inline void rows_panel(int64_t m, int64_t depth, const float* const* a, const fl
   rows_rest<kTall - 1, N>(m - i, depth, a + i, b, scale + i, c + i, column, accumulate);
 }
 
+// C[i][j] (+)= sum_k a[k][m + i] b[k][n + j]: the product of two matrices whose rows lie anywhere. M rows and N vectors of
+// columns stay in registers.
+template <int M, int N>
+[[gnu::noinline]] void outer_tile(int64_t depth, const float* const* a, int64_t m, const float* const* b, int64_t n, float* c,
+                                  int64_t ldc, bool accumulate) {
+  Vec sum[M][N];
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) sum[i][j] = all(0.f);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const float *left = a[k] + m, *right = b[k] + n;
+    Vec columns[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) columns[j] = load(right + j * kLanes);
+#pragma GCC unroll 32
+    for (int i = 0; i < M; ++i) {
+      const Vec one = all(left[i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) sum[i][j] += one * columns[j];
+    }
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) {
+      float* to = c + i * ldc + j * kLanes;
+      store(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
+    }
+  }
+}
+
+template <int M, int N>
+inline void outer_rest(int64_t rows, int64_t depth, const float* const* a, int64_t m, const float* const* b, int64_t n,
+                       float* c, int64_t ldc, bool accumulate) {
+  if constexpr (M > 0) {
+    if (rows == M) {
+      outer_tile<M, N>(depth, a, m, b, n, c, ldc, accumulate);
+    } else {
+      outer_rest<M - 1, N>(rows, depth, a, m, b, n, c, ldc, accumulate);
+    }
+  }
+}
+
+template <int N>
+inline void outer_panel(int64_t rows, int64_t depth, const float* const* a, const float* const* b, int64_t n, float* c,
+                        int64_t ldc, bool accumulate) {
+  constexpr int kTall = 6;
+  int64_t m = 0;
+  for (; m + kTall <= rows; m += kTall) outer_tile<kTall, N>(depth, a, m, b, n, c + m * ldc, ldc, accumulate);
+  outer_rest<kTall - 1, N>(rows - m, depth, a, m, b, n, c + m * ldc, ldc, accumulate);
+}
+
+// C[rows][columns] (+)= sum_k a[k]^T b[k]; whole vectors of columns are read and written.
+inline void outer_product(int64_t rows, int64_t columns, int64_t depth, const float* const* a, const float* const* b, float* c,
+                          int64_t ldc, bool accumulate) {
+  for (int64_t n = 0; n < columns; n += kPanel) {
+    const int64_t vectors = (std::min(kPanel, columns - n) + kLanes - 1) / kLanes;
+    if (vectors == 1) outer_panel<1>(rows, depth, a, b, n, c + n, ldc, accumulate);
+    if (vectors == 2) outer_panel<2>(rows, depth, a, b, n, c + n, ldc, accumulate);
+#if defined(__AVX512F__)
+    if (vectors == 3) outer_panel<3>(rows, depth, a, b, n, c + n, ldc, accumulate);
+    if (vectors == 4) outer_panel<4>(rows, depth, a, b, n, c + n, ldc, accumulate);
+#endif
+  }
+}
+
 // Rows on their way through a product: where they come from and go to, and their factors. At most kBlock.
 template <class T>
 struct Rows {
@@ -297,7 +374,7 @@ struct Projection {
   };
 
   // to[r, s] = gate (from[r] W_h^T + bias_h). Where there is `other`, gate_gradient[r, s] = other[r, s] . from[r] W_h^T.
-  void to_heads(const Piece& piece, const T* from, const T* packed, const T* bias, const HeadRows<T>& to,
+  void to_heads(const Piece& piece, const T* from, const Packed<T>& packed, const T* bias, const HeadRows<T>& to,
                 const HeadRows<const T>* other, float* gate_gradient, MemoryTo& m) const {
     const Panels<T> panels = panels_to();
     const int64_t h = piece.head, ld = round_up(D, kPanel);
@@ -312,7 +389,7 @@ struct Projection {
       const int64_t depth = std::min(kDepth, C - k);
       gather(m.rows, k, depth, m.gathered);
       for (int64_t p = 0; p < panels.count(); ++p) {
-        const T* b = packed + h * panels.size() + p * panels.panel_size() + k * kPanel;
+        const T* b = packed.at(h) + p * panels.panel_size() + k * kPanel;
         multiply(m.rows, k, depth, b, panels.columns(p), p * kPanel, k > 0, m.gathered);
       }
     }
@@ -337,21 +414,25 @@ struct Projection {
 
   struct MemoryFrom {
     Gather<T> gathered;
-    Lines<float> sum{kRowsOfSum * kColumns};
+    Lines<float> sum;
     Rows<T> rows;
   };
 
   // to[r] = bias + sum over the heads of r of gate from[r, s] W_h, for rows r0 ... and columns c0 ...
-  void from_heads(int64_t r0, int64_t c0, const HeadRows<const T>& from, const T* packed, const T* bias, T* to,
+  void from_heads(int64_t r0, int64_t c0, const HeadRows<const T>& from, const Packed<T>& packed, const T* bias, T* to,
                   MemoryFrom& m) const {
     const Panels<T> panels = panels_from();
     const int64_t r1 = std::min(R, r0 + kRowsOfSum), c1 = std::min(C, c0 + kColumns);
+    // Summed up in the result itself where that is float and made of whole vectors.
+    const bool in_place = std::is_same_v<T, float> && C % kLanes == 0;
+    float* sums = in_place ? reinterpret_cast<float*>(to) + r0 * C + c0 : m.sum.reserve(kRowsOfSum * kColumns);
+    const int64_t ld = in_place ? C : kColumns;
     for (int64_t r = r0; r < r1; ++r) {
-      float* sum = m.sum.data() + (r - r0) * kColumns;
+      float* sum = sums + (r - r0) * ld;
       if (bias) {
         for (int64_t c = c0; c < c1; ++c) sum[c - c0] = widen(bias[c]);
       } else {
-        std::memset(sum, 0, kColumns * sizeof(float));
+        std::memset(sum, 0, (c1 - c0) * sizeof(float));
       }
     }
     const auto row = selection->row.begin();
@@ -363,76 +444,104 @@ struct Projection {
         const int64_t* slot = selection->slot.data() + (at - row);
         for (int64_t i = 0; i < m.rows.count; ++i) {
           m.rows.from[i] = from.at(at[i], slot[i]);
-          m.rows.to[i] = m.sum.data() + (at[i] - r0) * kColumns;
+          m.rows.to[i] = sums + (at[i] - r0) * ld;
           m.rows.scale[i] = gate(at[i], slot[i]);
         }
         for (int64_t k = 0; k < D; k += kDepth) {
           const int64_t depth = std::min(kDepth, D - k);
           gather(m.rows, k, depth, m.gathered);
           for (int64_t c = c0; c < c1; c += kPanel) {
-            const T* b = packed + h * panels.size() + c / kPanel * panels.panel_size() + k * kPanel;
+            const T* b = packed.at(h) + c / kPanel * panels.panel_size() + k * kPanel;
             multiply(m.rows, k, depth, b, panels.columns(c / kPanel), c - c0, true, m.gathered);
           }
         }
       }
     }
+    if (in_place) return;
     for (int64_t r = r0; r < r1; ++r) {
-      const float* sum = m.sum.data() + (r - r0) * kColumns;
-      for (int64_t c = c0; c < c1; ++c) narrow(sum[c - c0], to + r * C + c);
+      for (int64_t c = c0; c < c1; ++c) narrow(sums[(r - r0) * ld + c - c0], to + r * C + c);
     }
   }
 
   struct MemoryWeights {
     Lines<T> row, pairs, left, right;
-    Lines<float> sum;  // [D, padded][C, padded]
+    Lines<float> sum;  // [D, padded][C, padded], or for float weights whose rows are along D [C][D, padded]
   };
 
   // W_h = sum_r gate left[r, s]^T right[r]
-  void weights(int64_t h, const HeadRows<const T>& left, const T* right, const Weights<T>& to, MemoryWeights& m) const {
+  void weights(int64_t h, const HeadRows<const float>& left, const float* right, const Weights<float>& to,
+               MemoryWeights& m) const {
+    // Which of D and C is along the vectors: the one that is contiguous in the weights.
+    const bool along_D = to.dim == 1 && to.column != 1;
+    const int64_t rows = along_D ? C : D, columns = along_D ? D : C, wide = round_up(columns, kLanes);
+    float* out = to.data + h * to.head;
+    const int64_t ld = along_D ? to.column : to.dim;
+    const bool in_place = columns == wide && (along_D || to.column == 1);
+    float* sum = in_place ? out : m.sum.reserve(rows * wide);
+    const int64_t ld_sum = in_place ? ld : wide;
+    if (selection->count(h) == 0) {
+      for (int64_t i = 0; i < rows; ++i) std::memset(sum + i * ld_sum, 0, columns * sizeof(float));
+    }
+    for (int64_t first = selection->start[h]; first < selection->start[h + 1]; first += kRowsOfWeights) {
+      const int64_t depth = std::min(kRowsOfWeights, selection->start[h + 1] - first);
+      const float *l[kRowsOfWeights], *r[kRowsOfWeights];
+      pointers_to_left(first, depth, left, along_D && columns != wide, l, m.left);
+      pointers_to_right(first, depth, right, !along_D && columns != wide, r, m.right);
+      const bool accumulate = first > selection->start[h];
+      outer_product(rows, columns, depth, along_D ? r : l, along_D ? l : r, sum, ld_sum, accumulate);
+    }
+    if (in_place) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) out[along_D ? i * to.column + j : i * to.dim + j * to.column] = sum[i * wide + j];
+    }
+  }
+
+  // Where the rows of `left` are; copies where gates scale them or vectors would reach beyond their ends.
+  void pointers_to_left(int64_t first, int64_t depth, const HeadRows<const float>& left, bool pad, const float** to,
+                        Lines<float>& copies) const {
+    const int64_t wide = round_up(D, kLanes);
+    if (gates || pad) copies.reserve(kRowsOfWeights * wide);
+    for (int64_t k = 0; k < depth; ++k) {
+      const int64_t r = selection->row[first + k], s = selection->slot[first + k];
+      to[k] = left.at(r, s);
+      if (gates || pad) {
+        copy_row(to[k], D, gate(r, s), copies.data() + k * wide);
+        std::memset(copies.data() + k * wide + D, 0, (wide - D) * sizeof(float));
+        to[k] = copies.data() + k * wide;
+      }
+    }
+  }
+
+  // Likewise for the rows of `right`.
+  void pointers_to_right(int64_t first, int64_t depth, const float* right, bool pad, const float** to,
+                         Lines<float>& copies) const {
+    const int64_t wide = round_up(C, kLanes);
+    if (pad) copies.reserve(kRowsOfWeights * wide);
+    for (int64_t k = 0; k < depth; ++k) {
+      to[k] = right + selection->row[first + k] * C;
+      if (pad) {
+        std::memcpy(copies.data() + k * wide, to[k], C * sizeof(float));
+        std::memset(copies.data() + k * wide + C, 0, (wide - C) * sizeof(float));
+        to[k] = copies.data() + k * wide;
+      }
+    }
+  }
+
+#if defined(__AVX512BF16__)
+  void weights(int64_t h, const HeadRows<const BFloat>& left, const BFloat* right, const Weights<BFloat>& to,
+               MemoryWeights& m) const {
     const int64_t dims = round_up(D, 16), width = round_up(C, 16);
     std::memset(m.sum.reserve(dims * width), 0, dims * width * sizeof(float));
     for (int64_t first = selection->start[h]; first < selection->start[h + 1]; first += kDepth) {
       const int64_t depth = std::min(kDepth, selection->start[h + 1] - first);
       add_to_weights(selection->row.data() + first, selection->slot.data() + first, depth, left, right, dims, width, m);
     }
-    T* out = to.data + h * to.head;
-    if (std::is_same_v<T, float> && to.dim == 1 && D == dims) {
-      transpose_words(words(m.sum.data()), width, D, C, reinterpret_cast<uint32_t*>(out), to.column);
-    } else if (to.dim == 1) {
-      for (int64_t c = 0; c < C; ++c) {
-        for (int64_t d = 0; d < D; ++d) narrow(m.sum.data()[d * width + c], out + c * to.column + d);
-      }
-    } else {
-      for (int64_t d = 0; d < D; ++d) {
-        for (int64_t c = 0; c < C; ++c) narrow(m.sum.data()[d * width + c], out + d * to.dim + c * to.column);
-      }
+    BFloat* out = to.data + h * to.head;
+    for (int64_t d = 0; d < D; ++d) {
+      for (int64_t c = 0; c < C; ++c) narrow(m.sum.data()[d * width + c], out + d * to.dim + c * to.column);
     }
   }
 
-  void add_to_weights(const int64_t* r, const int64_t* s, int64_t depth, const HeadRows<const float>& left,
-                      const float* right, int64_t dims, int64_t width, MemoryWeights& m) const {
-    m.left.reserve(kDepth * dims);
-    m.right.reserve(kDepth * kColumns);
-    for (int64_t k = 0; k < depth; ++k) copy_row(left.at(r[k], s[k]), D, gate(r[k], s[k]), m.left.data() + k * dims);
-    for (int64_t c0 = 0; c0 < C; c0 += kColumns) {
-      const int64_t c1 = std::min(C, c0 + kColumns);
-      for (int64_t k = 0; k < depth; ++k) {
-        for (int64_t c = c0; c < c1; c += kPanel) {
-          const int64_t columns = std::min(kPanel, C - c);
-          float* row = m.right.data() + ((c - c0) * kDepth + k * kPanel);
-          std::memcpy(row, right + r[k] * C + c, columns * sizeof(float));
-          std::memset(row + columns, 0, (kPanel - columns) * sizeof(float));
-        }
-      }
-      for (int64_t c = c0; c < c1; c += kPanel) {
-        const int64_t wide = round_up(std::min(kPanel, C - c), kLanes);
-        product(D, wide, depth, {m.left.data(), 1, dims}, m.right.data() + (c - c0) * kDepth, kPanel, m.sum.data() + c,
-                width, true);
-      }
-    }
-  }
-
-#if defined(__AVX512BF16__)
   void add_to_weights(const int64_t* r, const int64_t* s, int64_t depth, const HeadRows<const BFloat>& left,
                       const BFloat* right, int64_t dims, int64_t width, MemoryWeights& m) const {
     const int64_t padded = round_up(depth, 32), ld = kDepth + 32, wide = std::max(dims, kPanel);
