@@ -17,7 +17,7 @@ PNG = bytes.fromhex(
     "0000000049454e44ae426082"
 )
 # Every control and picture has a name that can be read aloud.
-UNNAMED = """() => [...document.querySelectorAll("button, select, input, svg[role=img], [role=grid], [role=listbox]")]
+UNNAMED = """() => [...document.querySelectorAll("button, select, input, svg[role=img], [role=grid], [role=listbox], [role=option]")]
   .filter((e) => !(e.getAttribute("aria-label") || e.labels?.length || e.textContent.trim())).map((e) => e.outerHTML)"""
 
 
