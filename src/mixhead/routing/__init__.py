@@ -1,6 +1,6 @@
 """Routing is a value: which heads each token uses, who decides it, and the losses that keep it balanced."""
 
-from mixhead.routing.experts import ExpertRouter, ExpertRouting, LossWeights, expert_gates
+from mixhead.routing.experts import ExpertRouter, ExpertRouting, LossWeights
 from mixhead.routing.losses import balance_loss, cv_loss, switch_loss, z_loss
 from mixhead.routing.routers import BinaryRouter, LinearRouter, QueryNormRouter, TwoStageRouter, soft_selection
 from mixhead.routing.selection import grouped_top_k_mask, top_k_mask
@@ -17,7 +17,6 @@ __all__ = [
     "TwoStageRouter",
     "balance_loss",
     "cv_loss",
-    "expert_gates",
     "grouped_top_k_mask",
     "soft_selection",
     "switch_loss",
