@@ -76,7 +76,7 @@ def test_a_dense_model_is_refused(player):
 
 def test_a_reader_writes_switches_heads_off_and_changes_their_number(player, browser):
     pytest.importorskip("gradio", reason="Gradio is not installed")
-    blocks = serve(player, "Heads of <tiny>", None, block=False)
+    blocks = serve(player, "Heads of <tiny>", None)
     try:
         assert blocks.local_url.startswith("http://127.0.0.1:")
         foreign, page = [], browser.new_page(viewport={"width": 1200, "height": 1000})

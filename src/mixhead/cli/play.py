@@ -19,5 +19,6 @@ def play(
     import_gradio()
     network, tokenizer = store.load_causal_lm(model_folder(model))
     player = Player.of(network, tokenizer)
-    console.print("The page is for this machine alone; Ctrl-C ends it.")
-    serve(player, f"Heads of {model_folder(model).name}", port)
+    page = serve(player, f"Heads of {model_folder(model).name}", port)
+    console.print(f"Open {page.local_url} in a browser of this machine; Ctrl-C ends it.", highlight=False)
+    page.block_thread()

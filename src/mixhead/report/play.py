@@ -197,21 +197,30 @@ def page(player: Player, title: str) -> Any:
     return blocks
 
 
-def serve(player: Player, title: str, port: int | None, *, block: bool = True) -> Any:
-    """Serves the page on this machine alone, until Ctrl-C.
+def serve(player: Player, title: str, port: int | None) -> Any:
+    """Serves the page on this machine alone, and returns at once.
 
     Args:
         player: the model.
         title: heading.
         port: a free one by default.
-        block: False returns at once, for tests; close what is returned.
+
+    Returns:
+        The running page: its address is `local_url`, `block_thread()` waits until Ctrl-C, `close()` ends it.
     """
     gr = import_gradio()
     blocks = page(player, title)
     # Only fonts of the system: a named web font would be loaded from the network.
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     blocks.queue().launch(
-        server_name="127.0.0.1", server_port=port, share=False, inbrowser=False, quiet=not block, theme=theme, css=CSS,
-        footer_links=[], prevent_thread_lock=not block,
-    )  # fmt: skip
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        theme=theme,
+        css=CSS,
+        footer_links=[],
+        prevent_thread_lock=True,
+    )
     return blocks

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead.errors import MixheadError
 from mixhead.routing import Recording, StreamedLog, stream_routing
+from mixhead.tasks.images import SUFFIXES, read_image
 from mixhead.tasks.pieces import pieces_of
 from mixhead.tasks.sampling import SamplingConfig, class_names, sample_images
 
 if TYPE_CHECKING:
     from mixhead.models.moh_dit import MoHDiTPipeline
 
-PICTURES = (".png", ".jpg", ".jpeg")
 LONGEST = 2048  # tokens of one window
 
 
@@ -129,7 +129,7 @@ def record_pictures(
     with stream_routing(model, path) as log:
         log.about.update(about or {})
         for file, of_class in pictures.items():
-            pixels_1CYX = processor(_open(file), return_tensors="pt")["pixel_values"]
+            pixels_1CYX = processor(read_image(file), return_tensors="pt")["pixel_values"]
             with log.labelled(**({"class": of_class} if of_class else {})):
                 model(pixels_1CYX)
             shown.append(_seen(pixels_1CYX[0], processor))
@@ -172,26 +172,13 @@ def picture_files(folder: Path, most_of_each: int = 50) -> dict[Path, str]:
     """
     if folder.is_file():
         return {folder: ""}
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in PICTURES]
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES]
     by_class: dict[str, list[Path]] = {}
     for file in files:
         by_class.setdefault("" if file.parent == folder else file.relative_to(folder).parts[0], []).append(file)
     if not files:
-        raise MixheadError(f"{folder} holds no picture ({', '.join(PICTURES)}).")
+        raise MixheadError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}).")
     return {file: name for name, of in by_class.items() for file in of[:most_of_each]}
-
-
-def _open(file: Path) -> Any:
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise MixheadError("Pictures need Pillow: install it with `pip install 'mixhead[vision]'`.") from None
-    try:
-        return Image.open(file).convert("RGB")
-    except FileNotFoundError:
-        raise MixheadError(f"There is no picture {file}.") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise MixheadError(f"{file} cannot be read as a picture ({error}).") from None
 
 
 def _seen(pixels_CYX: Tensor, processor: Any) -> bytes:
