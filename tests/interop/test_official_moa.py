@@ -5,7 +5,7 @@ import torch
 
 from mixhead.errors import MixheadError
 from mixhead.interop import from_official
-from mixhead.interop.official import rename_moa_attention
+from mixhead.interop.moa import rename_moa_attention
 from mixhead.ops import IMPLEMENTATIONS
 
 CASES = [f"moa_attention_{i}" for i in range(3)]

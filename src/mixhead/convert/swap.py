@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, TypeVar, cast
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.jetmoe.modeling_jetmoe import JetMoePreTrainedModel
 
 from mixhead.convert.config import MoHConfig
+from mixhead.convert.dit import convert_dit, revert_dit
 from mixhead.convert.jetmoe import convert_jetmoe
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import (
@@ -26,12 +28,13 @@ from mixhead.models.hugging_face import (
     register_with_transformers,
 )
 from mixhead.models.jetmoe import is_in_slots, take_out_of_slots
+from mixhead.models.moh_dit import MoHDiT
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert(model: Model, config: MoHConfig | None = None) -> Model:
-    """Turns a Hugging Face model into its mixture-of-head form, in place, and returns it.
+    """Turns a Hugging Face model, or a dense DiT, into its mixture-of-head form, in place, and returns it.
 
     Every attention module that dispatches through the attention interface of transformers gets a router; layers whose
     heads are all active stay as they are, so that `active=1.0` computes the same bits as before. The weights are kept.
@@ -41,7 +44,8 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
     with which it compiles into one graph and can checkpoint gradients.
 
     Args:
-        model: any model of transformers; it keeps its identity, its class becomes `MoH<its class>`.
+        model: any model of transformers; it keeps its identity, its class becomes `MoH<its class>`. Or a dense
+            `MoHDiT`.
         config: how many heads are active and shared, and which router decides; none for a JetMoE.
 
     Raises:
@@ -51,6 +55,8 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
         convert_jetmoe(model, config)
         return model
     config = MoHConfig() if config is None else config
+    if isinstance(model, MoHDiT):
+        return convert_dit(model, config)  # type: ignore[return-value]
     if isinstance(model, MoHModelMixin):
         raise MixheadError(f"{type(model).__name__} is converted already: call mixhead.revert on it first.")
     if not isinstance(model, PreTrainedModel):
@@ -97,6 +103,8 @@ def revert(model: Any) -> Any:
     if is_in_slots(model):
         take_out_of_slots(model)
         return model
+    if isinstance(model, MoHDiT):
+        return revert_dit(model)
     if not isinstance(model, MoHModelMixin):
         raise MixheadError(f"{type(model).__name__} is no converted model, so there is nothing to revert.")
     model = cast(Any, model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
 from mixhead.routing.losses import cv_loss, switch_loss, z_loss
+from mixhead.routing.router import Router
 from mixhead.routing.routers import full_precision
 from mixhead.routing.value import Routing
 
@@ -124,7 +125,7 @@ class ExpertRouting(Routing):
         return total
 
 
-class ExpertRouter(nn.Module):
+class ExpertRouter(Router):
     """Top-k router of MoA: G(x) = the k experts with the largest p = softmax(x W_g).
 
     The gates of the chosen experts are, by `normalisation`:

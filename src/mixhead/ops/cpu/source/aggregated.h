@@ -23,31 +23,6 @@ constexpr int64_t kMostPlaces = 49;
 
 // ------------------------------------------------------------------------------------------------ vectors of D numbers
 
-// The first `count` numbers, then zeros.
-inline Vec load_first(const float* p, int64_t count) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p);
-#else
-  Vec v = all(0.f);
-  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-
-inline void store_first(float* p, Vec v, int64_t count) {
-#if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), (__m512)v);
-#else
-  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
-#endif
-}
-
-inline float sum_of(Vec v) {
-  float sum = 0.f;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-
 // The sum of each of kLanes vectors, as one vector.
 inline Vec sums_of(const Vec* a) {
 #if defined(__AVX512F__)
