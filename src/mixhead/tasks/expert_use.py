@@ -74,9 +74,7 @@ def expert_use(
     return {name: ExpertUse(torch.cat(selected[name]), words[name]) for name in names}
 
 
-def with_words(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
-) -> tuple[dict[str, Tensor], list[list[str]]]:
+def with_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[dict[str, Tensor], list[list[str]]]:
     """Padded token ids with their mask, and for every token that is no padding the word that it is in."""
     encoded = tokenizer(list(texts), padding=True, return_tensors="pt", verbose=False)
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
