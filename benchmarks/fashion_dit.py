@@ -6,15 +6,19 @@
 
 Each arm is trained by the recipe fashion-mnist-moh-dit, then draws the same number of images of every class, without
 guidance, as the published tables do. They are compared with the test images through the features of the small
-classifier. The run can be stopped at any time: called again, it goes on where it was. The table and the grids are
-written anew from all runs that are complete. glibc returns memory to the system after every step; to keep it saves a
-third of the time: MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483648.
+classifier. The run can be stopped at any time: called again, it goes on where it was; called twice at once, the runs
+are shared. The table and the grids are written anew from all runs that are complete.
+
+glibc returns memory to the system after every step; to keep it saves a third of the time:
+MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483648.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import functools
 import json
 import platform
@@ -55,9 +59,22 @@ def main() -> None:
     for seed in arguments.seeds:
         for arm in ARMS:
             folder = arguments.runs / f"{arm.rstrip('%')}-{seed}"
-            if not (folder / "result.json").is_file():
-                measure(arm, seed, folder, extractor, real, arguments)
+            with taken(folder) as mine:
+                if mine and not (folder / "result.json").is_file():
+                    measure(arm, seed, folder, extractor, real, arguments)
     write_results(arguments)
+
+
+@contextlib.contextmanager
+def taken(folder: Path) -> Iterator[bool]:
+    """Whether nobody else works in the folder; until the end of the block, nobody will."""
+    with folder.with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def parse_arguments() -> argparse.Namespace:

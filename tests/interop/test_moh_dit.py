@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_weights_that_do_not_fit_are_named(golden):
     without = {k: v for k, v in weights.items() if k != "blocks.1.attn.wg_0.weight"}
     with pytest.raises(MixheadError, match=r"missing \['blocks.1.attention.moh_router.stage_proj.weight'\]"):
         from_official("moh_dit", case.config, without)
-    with pytest.raises(MixheadError, match=r"unexpected \['blocks.0.attn.wg_2.weight'\]"):
+    with pytest.raises(MixheadError, match=r"unexpected \['blocks.0.attention.wg_2.weight'\]"):
         from_official("moh_dit", case.config, {**weights, "blocks.0.attn.wg_2.weight": torch.ones(1)})
     with pytest.raises(MixheadError, match=r"class_embed.weight must be \[10, 48\], but it is \[8, 48\]"):
         from_official("moh_dit", {**case.config, "num_classes": 9}, weights)
@@ -184,11 +185,12 @@ def test_hostile_checkpoints_execute_nothing(golden, tmp_path, where):
 
 
 MEASURE = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 from mixhead.interop import load_moh_dit
 from mixhead.models.moh_dit import MoHDiTConfig
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # of this process; what getrusage knows begins with the peak of the parent
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 def run(model):
     with torch.no_grad():
         model(torch.randn(1, 4, 4, 4), torch.tensor([3]), torch.tensor([1]))
@@ -202,18 +204,21 @@ print((peak() - before) / size)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory where Linux shows it")
 def test_memory_of_a_training_checkpoint(tmp_path):
     """Weights, averages and two moments are in the file; what is loaded and used is one of the four."""
-    sizes = {"sample_size": 4, "hidden_size": 384, "depth": 8, "num_heads": 6, "num_classes": 10}
+    sizes = {"sample_size": 4, "hidden_size": 384, "depth": 4, "num_heads": 6, "num_classes": 10}
     tiny = {**sizes, "hidden_size": 24, "depth": 1}
-    weights = official_names(MoHDiT(MoHDiTConfig(**sizes)).state_dict())
+    with torch.device("meta"):
+        shapes = official_names(MoHDiT(MoHDiTConfig(**sizes)).state_dict())
+    weights = {name: torch.ones(tensor.shape) for name, tensor in shapes.items()}
     moments = {i: {"exp_avg": w.clone(), "exp_avg_sq": w.clone()} for i, w in enumerate(weights.values())}
     torch.save(checkpoint(weights, opt={"state": moments}), tmp_path / "large.pt")
     torch.save(official_names(MoHDiT(MoHDiTConfig(**tiny)).state_dict()), tmp_path / "tiny.pt")
     arguments = [str(tmp_path / "large.pt"), repr(sizes), str(tmp_path / "tiny.pt"), repr(tiny)]
     command = [sys.executable, "-c", MEASURE, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert float(run.stdout) < 1.3
+    assert 0.9 < float(run.stdout) < 1.3
 
 
 def test_export_and_back(golden, tmp_path):

@@ -20,6 +20,7 @@ from mixhead.cli import (
     fill_mask,
     generate,
     inspect,
+    play,
     recipes,
     sample,
     train,
@@ -54,6 +55,7 @@ app.command("evaluate-translation")(translate.evaluate_translation_verb)
 app.command("expert-words")(translate.expert_words_verb)
 app.command("fill-mask")(fill_mask.fill_mask_verb)
 app.command("inspect")(inspect.inspect)
+app.command("play")(play.play)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

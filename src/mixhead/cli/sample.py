@@ -42,7 +42,7 @@ def sample(
 ) -> None:
     """Draws images, each from its own noise; an interrupted call goes on where it was when it is repeated.
 
-    Several processes: `torchrun --nproc_per_node N -m mixhead.cli sample ...` shares the images among them.
+    Several processes share the images: `torchrun --nproc_per_node 2 -m -- mixhead.cli sample MODEL --n 64`.
     """
     config = SamplingConfig(
         steps=steps,
@@ -57,8 +57,8 @@ def sample(
     labels = [numbers[i % len(numbers)] for i in range(n)]
     folder = out.with_suffix("")
     with progress_bar("Drawing") as on_progress:
-        files = draw_folder(pipeline, labels, config, folder, {"model": str(model.resolve())}, on_progress)
-    if all(path.is_file() for path in files):
+        files = draw_folder(pipeline, labels, config, folder, model, on_progress)
+    if files:
         write_grid(files, out, columns)
         shown = f"the first {GRID} of them" if n > GRID else "all of them"
         console.print(f"{n} images are in {folder}, {shown} in {out}.", markup=False, highlight=False)

@@ -60,7 +60,9 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
     if isinstance(model, MoHModelMixin):
         raise MixheadError(f"{type(model).__name__} is converted already: call mixhead.revert on it first.")
     if not isinstance(model, PreTrainedModel):
-        raise MixheadError(f"mixhead.convert takes a model of transformers, but this is a {type(model).__name__}.")
+        raise MixheadError(
+            f"mixhead.convert takes a model of transformers or a MoHDiT, but this is a {type(model).__name__}."
+        )
     if model.config.output_attentions:
         raise MixheadError(
             f"{type(model).__name__} is set to return attention weights, and a converted model computes none for the "

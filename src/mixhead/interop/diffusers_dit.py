@@ -42,11 +42,16 @@ BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 
 def is_diffusers_dit(path: str | os.PathLike[str]) -> bool:
     """Whether a folder, or the `transformer` of a pipeline's folder, holds a DiT of diffusers."""
+    return class_name(transformer_folder(path)) in CLASSES
+
+
+def class_name(folder: Path) -> str | None:
+    """What a folder of diffusers says that it holds; None where it is no such folder."""
     try:
-        config = json.loads((transformer_folder(path) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("_class_name") in CLASSES
+        return None
+    return config.get("_class_name") if isinstance(config, dict) else None
 
 
 def transformer_folder(path: str | os.PathLike[str]) -> Path:

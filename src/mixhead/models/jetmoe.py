@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.jetmoe.modeling_jetmoe import (
@@ -25,7 +26,7 @@ from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.hugging_face.attention import real_tokens_BN
 from mixhead.nn.moa import rotate, slot_attention
 from mixhead.ops import project_from_slots, project_to_slots
-from mixhead.routing import ExpertRouting, LossWeights, expert_gates
+from mixhead.routing import ExpertRouting, LossWeights
 
 
 class SlotGating(JetMoeTopKGating):
@@ -35,7 +36,7 @@ class SlotGating(JetMoeTopKGating):
         """(expert_BNS, gates_BNS, None, None, logits [B N, E]): transformers records the fifth as router logits."""
         logits_BNE = self.layer(hidden_BNC).float()
         expert_BNS = logits_BNE.topk(self.top_k).indices
-        gates_BNS = expert_gates(logits_BNE, expert_BNS, "top_k_softmax")
+        gates_BNS = logits_BNE.gather(-1, expert_BNS).softmax(-1)
         return expert_BNS, gates_BNS, None, None, logits_BNE.flatten(0, 1)
 
 
@@ -61,22 +62,19 @@ class SlotAttention(JetMoeAttention):
         """As in transformers: (output, attention weights, which are never made, router logits)."""
         assert position_embeddings is not None
         expert_BNS, gates_BNS, _, _, logits_RE = self.experts.router(hidden_states)
-        logits_BNE = logits_RE.unflatten(0, hidden_states.shape[:2])
-        routing = ExpertRouting.from_slots(expert_BNS, gates_BNS, logits_BNE, LossWeights())
-        cos, sin = position_embeddings
         by_head = (self.num_key_value_heads, self.head_dim)
 
         q_BNSX = project_to_slots(hidden_states, self.experts.input_linear.weight, expert_BNS)
-        q_BNSX = rotate(q_BNSX.unflatten(-1, by_head), cos[:, :, None, None], sin[:, :, None, None]).flatten(-2)
         k_BNX, v_BNX = self.kv_proj(hidden_states).chunk(2, dim=-1)
-        k_BKTD = rotate(k_BNX.unflatten(-1, by_head).transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1))
+        k_BKTD = rotate(k_BNX.unflatten(-1, by_head).transpose(1, 2), *(x.unsqueeze(1) for x in position_embeddings))
         v_BKTD = v_BNX.unflatten(-1, by_head).transpose(1, 2)
         if cache is not None:
             k_BKTD, v_BKTD = cache.update(k_BKTD, v_BKTD, self.layer_idx, kwargs=kwargs)
         if routing_trace is not None:
+            logits_BNE = logits_RE.unflatten(0, hidden_states.shape[:2])
             mask_BN = real_tokens_BN(attention_mask, hidden_states.shape[1], k_BKTD.shape[2])
-            traced = ExpertRouting.from_slots(expert_BNS, gates_BNS, logits_BNE, LossWeights(), mask_BN)
-            routing_trace.record(self.moh_name, traced)
+            slots = (expert_BNS, gates_BNS, logits_BNE, logits_BNE.softmax(-1))
+            routing_trace.record(self.moh_name, ExpertRouting.from_slots(*slots, LossWeights(), mask_BN))
 
         tokens = hidden_states.shape[1]
         causal = attention_mask is None and tokens > 1
@@ -87,10 +85,12 @@ class SlotAttention(JetMoeAttention):
             q_BNSX,
             k_BKTD,
             v_BKTD,
-            routing,
+            gates_BNS,
+            torch.ones_like(expert_BNS, dtype=torch.bool),
             causal=causal,
             attn_mask=attention_mask,
             scale=self.scaling,
+            position_embeddings=position_embeddings,
             dropout=self.attention_dropout if self.training else 0.0,
         )
         output_BNC = project_from_slots(out_BNSX, self.experts.output_linear.weight.mT, expert_BNS)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import set_seed
 
 from mixhead.errors import MixheadError
-from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig
+from mixhead.models.moh_dit import PUBLISHED, MoHDiT, MoHDiTConfig
 from mixhead.tasks.checkpoints import write_folder
 from mixhead.tasks.diffusion import GaussianDiffusion
 from mixhead.tasks.generation_data import TrainingInputs, generation_images, pixel_inputs
@@ -57,6 +57,8 @@ class DataSettings:
             raise MixheadError(f"size={self.size} must be a positive number of pixels.")
         if (self.vae is None) != (self.latents is None):
             raise MixheadError("vae and latents belong together: give both, or neither to train on pixels.")
+        if self.vae is not None and self.channels != 3:
+            raise MixheadError(f"channels={self.channels}: a VAE takes colour images, so it must be 3.")
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,11 @@ def model_config(model: Mapping[str, Any], inputs: TrainingInputs) -> MoHDiTConf
         raise MixheadError(f"The recipe's model gives {', '.join(given)}, which follow from the data: leave them out.")
     channels, size, _ = inputs.shape
     sizes = {"sample_size": size, "in_channels": channels, "num_classes": len(inputs.classes), "null_class": True}
-    fields = {name: value for name, value in model.items() if name != "name"}
-    if "name" in model:
-        return MoHDiTConfig.named(model["name"], **fields, **sizes)
-    return MoHDiTConfig.from_dict({**fields, **sizes})
+    fields = dict(model)
+    name = fields.pop("name", None)
+    if name is not None and name not in PUBLISHED:
+        raise MixheadError(f"The model {name!r} is unknown: choose one of {', '.join(PUBLISHED)}, or give its sizes.")
+    return MoHDiTConfig.from_dict({**PUBLISHED.get(name, {}), **fields, **sizes})
 
 
 def finished_pipeline(model: MoHDiT, scheduler: Any, data: DataSettings, classes: Sequence[str]) -> MoHDiTPipeline:

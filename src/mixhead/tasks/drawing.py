@@ -21,6 +21,7 @@ from mixhead.errors import MixheadError
 from mixhead.tasks.checkpoints import write_bytes, write_text
 from mixhead.tasks.generation_data import square
 from mixhead.tasks.images import image_files, read_image
+from mixhead.tasks.latents import processes
 from mixhead.tasks.sampling import OnProgress, SamplingConfig, class_names, grid, sample_images
 
 if TYPE_CHECKING:
@@ -41,13 +42,12 @@ def write_png(image_CYX: Tensor, path: Path) -> None:
     write_bytes(path, content.getvalue())
 
 
-def image_batches(folder: Path, batch: int = 50, size: int | None = None) -> Iterator[Tensor]:
+def image_batches(folder: Path, batch: int = 50) -> Iterator[Tensor]:
     """The images of a folder and its folders in the order of their names, uint8 [B, 3, Y, X].
 
     Args:
         folder: of image files.
         batch: images of one batch.
-        size: side to scale them to; without it they must be of one size.
 
     Raises:
         MixheadError: where there is no image, one is damaged, or one has another size than the first.
@@ -60,9 +60,6 @@ def image_batches(folder: Path, batch: int = 50, size: int | None = None) -> Ite
         images = []
         for path in files[start : start + batch]:
             image = read_image(path)
-            if size is not None:
-                images.append(square(image, size, 3))
-                continue
             expected = expected or image.size
             if image.size != expected:
                 raise MixheadError(
@@ -83,7 +80,7 @@ def draw_folder(
     classes: Sequence[int],
     config: SamplingConfig,
     folder: Path,
-    passport: dict[str, str],
+    model: Path,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Path]:
     """Draws an image of every class in a list, each into a file of its own.
@@ -96,22 +93,20 @@ def draw_folder(
         classes: class of every sample.
         config: how.
         folder: of the files.
-        passport: what else the images depend on; a folder of others is refused.
+        model: folder that the pipeline was read from; a folder with images of another model is refused.
         on_progress: called with (images done, all) of this process, without those that the folder held already.
 
     Returns:
-        The files of all samples, in order; complete in the main process.
+        The files of all samples, in order; of several processes, the other ones than the first return none.
 
     Raises:
         MixheadError: where the folder holds other samples, or drawing fails.
     """
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = processes()
     names = class_names(pipeline)
     files = [sample_path(folder, number, names[label]) for number, label in enumerate(classes)]
     if state.is_main_process:
-        _open_folder(folder, {**asdict(config), "classes": list(names), **passport})
+        _open_folder(folder, {**asdict(config), "classes": list(names), **fingerprint(model)})
     state.wait_for_everyone()
     missing = [batch for batch in _batches(state, len(files), config) if not all(files[i].is_file() for i in batch)]
     pipeline.to(state.device)
@@ -125,7 +120,13 @@ def draw_folder(
             write_png(image, files[number])
         drawn += len(batch)
     state.wait_for_everyone()
-    return files
+    return files if state.is_main_process else []
+
+
+def fingerprint(model: Path) -> dict[str, Any]:
+    """Which model it is, and when its weights were written."""
+    written = [path.stat().st_mtime_ns for path in model.rglob("*.safetensors")]
+    return {"model": str(model.resolve()), "written": max(written, default=0)}
 
 
 def _batches(state: Any, samples: int, config: SamplingConfig) -> list[range]:

@@ -125,7 +125,9 @@ def generation_images(where: str | Path, split: Split = "train") -> LabelledImag
     Raises:
         MixheadError: where there is no such data.
     """
-    return emoji_images(data_folder(EMOJI)) if where == EMOJI else open_images(where, split)
+    if where == EMOJI:
+        return emoji_images(data_folder(EMOJI))
+    return open_images(where, split)
 
 
 def emoji_images(folder: Path) -> FolderImages:

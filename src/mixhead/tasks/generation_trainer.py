@@ -167,8 +167,9 @@ class DiffusionTrainer(RunMixin, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        assert output_dir is not None
-        save_file(self.average.state_dict(), Path(output_dir) / EMA_WEIGHTS)
+        if self.args.should_save:
+            assert output_dir is not None
+            save_file(self.average.state_dict(), Path(output_dir) / EMA_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -89,7 +89,7 @@ def starting_model(config: ImageTrainConfig, classes: tuple[str, ...]) -> tuple[
                 f"The model in {settings['folder']} knows other classes than the data, or in another order."
             )
         return model, processor
-    known_fields = {f.name for f in fields(MoHTransNeXtConfig)}  # type: ignore[arg-type]
+    known_fields = {f.name for f in fields(MoHTransNeXtConfig)}
     unknown = [name for name in settings if name not in known_fields | {"name"}]
     if unknown:
         raise MixheadError(f"The recipe has an unknown key model.{unknown[0]}: MoHTransNeXtConfig has no such field.")

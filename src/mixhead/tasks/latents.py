@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -101,13 +102,19 @@ def encode(vae: Any, images_BCYX: Tensor) -> Tensor:
     return torch.cat([distribution.mean, distribution.std], dim=1).half().cpu()
 
 
+def processes() -> PartialState:
+    """The processes that work together, and the device of this one."""
+    # Said outright: without it several processes on a machine without accelerator would each do everything.
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def cache_latents(
     inputs: PixelInputs,
     vae: Any,
     folder: Path,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CachedLatents:
-    """Encodes what is not in the cache yet, and opens it.
+    """Encodes what is not in the cache yet, and opens it; several processes share the work.
 
     Args:
         inputs: the images; RGB.
@@ -123,12 +130,17 @@ def cache_latents(
         "classes": list(inputs.classes),
         "vae": {name: vae.config[name] for name in ("latent_channels", "scaling_factor", "block_out_channels")},
     }
-    _open_cache(folder, asked)
-    for number in range(-(-count // SHARD)):
+    state = processes()
+    if state.is_main_process:
+        _open_cache(folder, asked)
+    state.wait_for_everyone()
+    vae.to(state.device)
+    for number in range(-(-count // SHARD))[state.process_index :: state.num_processes]:
         indices = range(number * SHARD, min((number + 1) * SHARD, count))
         if not shard_file(folder, number).is_file():
             _write_shard(inputs, vae, shard_file(folder, number), indices)
         on_progress(indices.stop, count)
+    state.wait_for_everyone()
     with safe_open(shard_file(folder, 0), framework="pt") as shard:
         _, channels, rows, columns = shard.get_slice(VIEWS[0]).get_shape()
     return CachedLatents(
@@ -161,5 +173,5 @@ def _write_shard(inputs: PixelInputs, vae: Any, path: Path, indices: range) -> N
         images = to_signed(torch.stack([inputs.eight_bits(index) for index in batch]))
         for name, latents in views.items():
             latents.append(encode(vae, images.flip(-1) if name == "mirrored" else images))
-    tensors = {name: torch.cat(latents) for name, latents in views.items()}
+    tensors = {name: torch.cat(latents).contiguous() for name, latents in views.items()}
     write_folder(path.parent, lambda partial: save_file(tensors, partial / path.name))

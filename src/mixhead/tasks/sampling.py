@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
+from mixhead.interop import open_dit
 from mixhead.tasks.generation_data import SEED_STRIDE, to_eight_bits
 from mixhead.tasks.latents import load_vae
 
@@ -67,32 +68,36 @@ class SamplingConfig:
             )
 
 
-def load_pipeline(folder: str | Path, vae: str | Path | None = None) -> MoHDiTPipeline:
-    """What `mixhead train` saved, or any other `MoHDiTPipeline`, to draw from.
+def load_pipeline(folder: str | Path, vae: str | Path | None = None, name: str | None = None) -> MoHDiTPipeline:
+    """What `mixhead train` saved, or any other model that `open_dit` knows, to draw from.
 
     Args:
         folder: of the model, or of the run that trained it.
         vae: folder of another VAE than the one in the model's folder.
+        name: of the published configuration, where a checkpoint's weights do not tell.
 
     Raises:
         MixheadError: where there is none, a file is damaged, or the VAE does not fit.
     """
-    from mixhead.models.moh_dit import MoHDiTPipeline, MoHDiTTransformer2DModel, load_dit
+    from diffusers import DDPMScheduler
+
+    from mixhead.models.moh_dit import MoHDiTPipeline, MoHDiTTransformer2DModel, ancestral_scheduler
 
     folder = Path(folder)
     if (folder / "model" / "model_index.json").is_file():
         folder = folder / "model"
-    network = MoHDiTTransformer2DModel.from_dit(load_dit(folder))
-    from diffusers import DDPMScheduler
-
-    try:
-        config = MoHDiTPipeline.load_config(folder, local_files_only=True)
-        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise MixheadError(f"{folder} is no folder of a pipeline: {error}") from error
+    dit = open_dit(folder, name)
+    scheduler = ancestral_scheduler()
+    labels = None
+    if (folder / "model_index.json").is_file():
+        try:
+            labels = MoHDiTPipeline.load_config(folder, local_files_only=True).get("id2label")
+            scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise MixheadError(f"{folder} is no folder of a pipeline: {error}") from error
     inside = folder / "vae"
     decoder = load_vae(Path(vae)) if vae is not None else load_vae(inside) if inside.is_dir() else None
-    return MoHDiTPipeline(network, scheduler, decoder, config.get("id2label"))
+    return MoHDiTPipeline(MoHDiTTransformer2DModel.from_dit(dit), scheduler, decoder, labels)
 
 
 def class_names(pipeline: MoHDiTPipeline) -> tuple[str, ...]:

@@ -65,7 +65,6 @@ def test_the_pipeline_of_diffusers_samples(scheduler):
 SCHEDULERS = {
     "ddim": DDIMScheduler,
     "dpm": DPMSolverMultistepScheduler,
-    "dpm learned": lambda: DPMSolverMultistepScheduler(variance_type="learned_range"),
     "ancestral": ancestral_scheduler,
 }
 
@@ -110,7 +109,7 @@ def test_own_generators_make_an_image_independent_of_its_batch():
         return pipeline(list(seeds), 2.0, generators, num_inference_steps=3, output_type="pt").images
 
     together = sample((5, 6, 7))
-    torch.testing.assert_close(sample((6,)), together[1:2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(sample((6,)), together[1:2], rtol=0, atol=1e-4)
     assert sample((5, 6, 7)).equal(together)
 
 
@@ -160,6 +159,8 @@ def test_parts_that_do_not_belong_together():
         MoHDiTPipeline(make(), DDIMScheduler(), tiny_vae(16))
     with pytest.raises(MixheadError, match="wants a learned variance, but this model predicts none"):
         MoHDiTPipeline(make(learn_sigma=False), ancestral_scheduler())([1])
+    with pytest.raises(MixheadError, match=r"DPMSolverMultistepScheduler takes three .* set its variance_type"):
+        MoHDiTPipeline(make(), DPMSolverMultistepScheduler(variance_type="learned_range"))([1])
     with pytest.raises(MixheadError, match="has no null class, so it cannot be guided"):
         MoHDiTPipeline(make(null_class=False), DDIMScheduler())([1], guidance_scale=2.0)
 

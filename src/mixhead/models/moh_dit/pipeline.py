@@ -22,6 +22,8 @@ from mixhead.models.moh_dit.modeling import MoHDiT, check_classes
 Generators = torch.Generator | list[torch.Generator] | None
 OnStep = Callable[[int, int], None]
 
+LEARNED = ("learned", "learned_range")
+
 
 def ancestral_scheduler(*, clip_sample: bool = False) -> DDPMScheduler:
     """The scheduler of the paper, sampled with 250 of its 1,000 steps; the model's own variance.
@@ -210,6 +212,12 @@ def check_sampling(dit: MoHDiT, scheduler: SchedulerMixin, guidance_scale: float
         raise MixheadError(f"guidance_scale={guidance_scale} must be 0 or a positive number; 1 is no guidance.")
     if guidance_scale != 1.0 and not dit.config.null_class:
         raise MixheadError("This model has no null class, so it cannot be guided: set guidance_scale to 1.")
+    learned = scheduler.config.get("variance_type") in LEARNED
+    if learned and not uses_variance(scheduler) and dit.config.in_channels != 3:
+        raise MixheadError(
+            f"With a learned variance, {type(scheduler).__name__} takes three channels of the output for the noise, "
+            f"but this model has {dit.config.in_channels}: set its variance_type to None, for it samples without one."
+        )
     if uses_variance(scheduler) and not dit.config.learn_sigma:
         raise MixheadError(
             "The scheduler wants a learned variance, but this model predicts none: choose one with a fixed "
@@ -218,5 +226,5 @@ def check_sampling(dit: MoHDiT, scheduler: SchedulerMixin, guidance_scale: float
 
 
 def uses_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether the scheduler takes the model's variance channels."""
-    return scheduler.config.get("variance_type") in ("learned", "learned_range")
+    """Whether the scheduler samples with the model's variance, and so is given all channels."""
+    return isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in LEARNED
