@@ -162,7 +162,8 @@ class MoHDiT(nn.Module):
             MixheadError: where a shape or a class does not fit the model.
         """
         self.check_inputs(x, t, y)
-        hidden_BNC = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed
+        # Token by token in memory, or every norm would copy.
+        hidden_BNC = self.patch_embed(x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
         condition_BC = F.silu(self.embed_time(t.expand(x.shape[0])) + self.class_embed(y))
         routings = []
         for block in self.blocks:
