@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from recordings import HOSTILE, picture_recording, text_recording
 
+from mixhead import Recording, stream_routing
 from mixhead.report.contents import read_contents
 from mixhead.report.html import write_html
 from mixhead.report.statistics import difference, false_discovery
@@ -170,6 +172,27 @@ def test_pictures_have_an_overlay_for_every_layer_and_time_step(tmp_path, open_p
         assert f"{', '.join(heads) or 'none'} of 2" in text
     page.locator("#layer").fill("1")
     assert page.locator("figcaption").nth(0).inner_text() == "Picture 1 (boat), 2 × 3 patches"
+
+
+def test_an_encoder_and_a_decoder_beside_each_other(tmp_path, open_page):
+    from mixhead.models.moa import MoATransformerConfig, MoATransformerForConditionalGeneration
+
+    config = MoATransformerConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_heads=4, head_dim=4, active_heads=2,
+        encoder_layers=1, decoder_layers=1,
+    )  # fmt: skip
+    model = MoATransformerForConditionalGeneration(config).eval()
+    with stream_routing(model, tmp_path / "run") as log:
+        log.names["token"] = {number: f" word{number}" for number in range(20)}
+        model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=6, min_new_tokens=6, num_beams=1)
+    page = open_page(write(tmp_path, Recording(tmp_path / "run")))
+    assert page.locator("#flow .flow").count() == 2
+    assert page.locator("#flow .flow").nth(0).inner_text() == " word5 word6 word7 word8"
+    painted = "flow => [...flow.querySelectorAll('.t')].filter(t => /\\bb\\d/.test(t.className)).length"
+    for layer in range(3):
+        page.locator("#layer").fill(str(layer))
+        counts = [page.locator("#flow .flow").nth(flow).evaluate(painted) for flow in range(2)]
+        assert counts == ([4, 0] if "encoder" in page.locator("#layer-name").inner_text() else [0, 6])
 
 
 @pytest.mark.parametrize("sizes", [{"tokens": 0}, {"tokens": 1}, {"heads": 1, "active": 1, "shared": 0}, {"layers": 1}])
