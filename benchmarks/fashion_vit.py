@@ -103,8 +103,12 @@ def verdicts(by_arm: dict[str, list[dict]]) -> str:
     )
 
 
+def rounded(number: str) -> float:
+    return round(float(number), 4)
+
+
 def write_results(runs: Path) -> None:
-    results = [json.loads(path.read_text()) for path in sorted(runs.glob("*.json"))]
+    results = [json.loads(path.read_text(), parse_float=rounded) for path in sorted(runs.glob("*.json"))]
     if not results:
         return
     recipe = read_recipe("moh-vit-fashion").values
