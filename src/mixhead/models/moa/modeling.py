@@ -64,8 +64,9 @@ class MoAPreTrainedModel(PreTrainedModel):
             for experts_EXX in (module.q_experts, module.o_experts):
                 bound = (6.0 / sum(experts_EXX.shape[1:])) ** 0.5  # Xavier, of each expert
                 init.uniform_(experts_EXX, -bound, bound)
-            for proj in (module.k_proj, module.v_proj):
-                init.xavier_uniform_(proj.weight, gain=2**-0.5)
+            if not getattr(module.kv_proj.weight, "_is_hf_initialized", False):
+                for proj_XC in module.kv_proj.weight.chunk(2):  # a view has no such mark
+                    init.xavier_uniform_(proj_XC, gain=2**-0.5)
             for parameter in module.router.parameters():
                 init.zeros_(parameter)
 
