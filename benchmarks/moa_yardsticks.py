@@ -72,7 +72,8 @@ class LoopAttention(nn.Module):
 
         q_RD = LoopLinear.apply(x[row_R], expert_size, layer.q_experts)
         q = x.new_zeros(len(x) * slots, head_dim).index_add(0, place_R, q_RD).view(batch, tokens, slots, head_dim)
-        k, v = layer.k_proj(x_BNC), layer.v_proj(x_BNC)
+        k_weight, v_weight = layer.kv_proj.weight.chunk(2)
+        k, v = F.linear(x_BNC, k_weight), F.linear(x_BNC, v_weight)
         weights = torch.einsum("bise,bje->bsij", q * head_dim**-0.5, k).softmax(-1)
         out = torch.einsum("bsij,bje->bise", weights, v)
 

@@ -78,8 +78,10 @@ def test_what_does_not_fit_is_named(golden):
     without = {k: v for k, v in case.state_dict.items() if k != "q_proj.w_gate"}
     with pytest.raises(MixheadError, match=r"missing \['router.gate_proj.weight'\], unexpected none"):
         from_official("moa_attention", case.config, without)
-    with pytest.raises(MixheadError, match=r"q_experts must be \[7, 32, 16\], but it is \[6, 32, 16\]"):
+    with pytest.raises(MixheadError, match=r"gate_proj.weight must be \[7, 32\], but it is \[6, 32\]"):
         from_official("moa_attention", {**case.config, "num_experts": 7}, case.state_dict)
+    with pytest.raises(MixheadError, match=r"k_proj.weight and v_proj.weight must have one shape"):
+        from_official("moa_attention", case.config, {**case.state_dict, "k_proj.weight": torch.zeros(8, 31)})
     with pytest.raises(MixheadError, match="top_k=9 must be at least 1 and at most num_experts=6"):
         from_official("moa_attention", {**case.config, "top_k": 9}, case.state_dict)
     with pytest.raises(MixheadError, match="loss_weights names entropy"):

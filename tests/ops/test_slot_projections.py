@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from mixhead.errors import MixheadError
-from mixhead.ops import SLOT_PROJECTIONS, explain_slot_projection, project_from_slots, project_to_slots
+from mixhead.ops import SLOT_PROJECTIONS, cpu, explain_slot_projection, project_from_slots, project_to_slots
 
+BUILT, WHY_NOT = cpu.available()
+needs_kernel = pytest.mark.skipif(not BUILT, reason=WHY_NOT)
 ENGINES = [name for name in SLOT_PROJECTIONS if name != "reference"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
@@ -173,3 +175,54 @@ def test_an_unknown_engine_is_answered_with_the_known_ones():
     case = make()
     with pytest.raises(MixheadError, match="impl='fast' is unknown: choose 'auto' or one of reference"):
         project_to_slots(case["hidden"], case["weight"], case["expert"], impl="fast")
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_is_deterministic_whatever_the_threads(dtype):
+    case, before, results = make(1500, choice="skewed", size=300, dtype=dtype), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5, 1):
+            torch.set_num_threads(threads)
+            results.append([*to_slots(case, "cpu"), *from_slots(case, "cpu")])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(a.equal(b) for a, b in zip(other, results[0], strict=True))
+
+
+@needs_kernel
+def test_operator_checks():
+    case = make(9, width=4, size=5, choice="padding")
+    to, back = torch.ops.mixhead.project_to_heads_cpu.default, torch.ops.mixhead.project_from_heads_cpu.default
+    torch.library.opcheck(to, (case["hidden"], case["weight"], None, case["expert"]), atol=1e-3, rtol=1e-2)
+    out = case["out"].transpose(1, 2).detach().requires_grad_()
+    for gates in (case["gates"], None):
+        args = (out, case["weight_out"], None, case["expert"], gates)
+        torch.library.opcheck(back, args, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("impl", ["auto", "dense", pytest.param("cpu", marks=needs_kernel)])
+def test_torch_compile_without_graph_breaks(impl):
+    case = make(100)
+
+    def both(hidden, weight, weight_out, gates):
+        slots = project_to_slots(hidden, weight, case["expert"], impl=impl)
+        return project_from_slots(slots, weight_out, case["expert"], gates, impl=impl)
+
+    leaves = [case[name] for name in ("hidden", "weight", "weight_out", "gates")]
+    outcomes = []
+    for run in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
+        rows = run(*leaves)
+        outcomes.append([rows, *torch.autograd.grad(rows.square().mean(), leaves)])
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3 * a.abs().max().item())
+
+
+@needs_kernel
+def test_experts_that_do_not_exist_are_empty_slots():
+    case = make(choice="padding")
+    strange = torch.where(case["expert"] == 5, torch.tensor([-1, 1 << 40]), case["expert"])
+    expected = to_slots(case, "cpu") + from_slots(case, "cpu")
+    actual = to_slots({**case, "expert": strange}, "cpu") + from_slots({**case, "expert": strange}, "cpu")
+    assert all(a.equal(b) for a, b in zip(actual, expected, strict=True))

@@ -6,7 +6,8 @@ from mixhead.routing import Call, Recording, RecordingWriter, Routing
 
 HOSTILE = [
     "<script>document.title='taken'</script>", "</script><img src=x onerror=document.title='taken'>", "&amp;", '"\'',
-    " مرحبا", " שלום", " 😀", "👩\u200d👩\u200d👧", "\n", "\t", " ", "", "x" * 300, "\u2028", "{{data}}", "<!--", " the", ",",
+    " مرحبا", " שלום", " 😀", "👩\u200d👩\u200d👧", "\n", "\t", " ", "",
+    "x" * 300, "\u2028", "{{data}}", "<!--", " the", ",",
 ]  # fmt: skip
 
 

@@ -118,6 +118,17 @@ def test_loads_by_group_and_words(texts, open_page):
     assert page.locator("#word-list dt").all_inner_texts() == [f"head {head}" for head in range(4)]
 
 
+def test_heads_and_layers_that_go_together(tmp_path, open_page):
+    contents = read_contents(text_recording(tmp_path / "run"))
+    page = open_page(write_html(contents, tmp_path / "heads.html"))
+    page.locator("#layer").fill("1")
+    first = contents.recording.layers[1]
+    shown = page.locator("#pairs tbody tr").nth(1).locator("td").nth(2).inner_text()
+    assert int(shown.replace("−", "-")) == round(100 * float(contents.together[first][1, 2]))
+    alike = contents.agreement[contents.recording.layers[0], contents.recording.layers[2]]
+    assert page.locator("#alike tbody tr").nth(2).locator("td").nth(0).inner_text() == str(round(100 * alike))
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 360])
 def test_contrast_names_and_nothing_wider_than_the_screen(texts, open_page, scheme, width):

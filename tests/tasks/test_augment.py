@@ -46,7 +46,7 @@ def test_the_same_generator_gives_the_same_image():
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_keep_the_size_and_change_more_at_a_higher_level(name: str):
     slope = np.add.outer(np.arange(32), np.arange(32))[..., None] * np.array([4, 3, 2])
-    image = Image.fromarray(slope.clip(0, 255).astype(np.uint8))
+    image = Image.fromarray((slope + rng().integers(0, 20, slope.shape)).clip(0, 255).astype(np.uint8))
     before = np.asarray(image).astype(int)
 
     def change(level: float) -> float:

@@ -1,6 +1,10 @@
 """Training image classifiers: schedule, targets, decay, resuming; evaluation and single images of what was trained."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +21,7 @@ from mixhead.tasks.image_classification import starting_model, train
 from mixhead.tasks.image_data import open_images
 from mixhead.tasks.image_train_config import ImageTrainConfig
 from mixhead.tasks.image_trainer import ImageTrainer, image_side
-from mixhead.tasks.recipes import Recipe, read_recipe, settings_from, shipped_recipes
+from mixhead.tasks.recipes import Recipe, read_recipe, settings_from, shipped_recipes, write_recipe
 
 SIZES = {
     "image_size": 16, "patch_size": 4, "hidden_sizes": [8, 16], "num_heads": [2, 4], "depths": [1, 1],
@@ -43,8 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(folder: Path, **changes: object) -> Recipe:
     values = {
         "data": str(folder), "model": SIZES, "epochs": 2, "batch_size": 6, "warmup_epochs": 0.5, "learning_rate": 0.01,
-        "bf16": False, "repeated_augmentation": 1, "save_every": 0.5, "evaluate_every": 1,
-        "augmentation": {"color_jitter": 0, "randaugment_magnitude": 0},
+        "bf16": False, "save_every": 0.5, "evaluate_every": 1,
     }  # fmt: skip
     return Recipe("colours", "image_classification", {**values, **changes})
 
@@ -180,6 +183,8 @@ def test_shipped_recipes_can_be_used(name: str):
         ({"model": {**SIZES, "depth": 3}}, "unknown key model.depth"),
         ({"epochs": 0.1, "warmup_epochs": 0}, "do not reach for one optimizer step"),
         ({"warmup_epochs": 2}, "leaves nothing"),
+        ({"fsdp": True, "evaluate_every": 0}, "needs GPUs"),
+        ({"fsdp": True}, "With fsdp it must be 0"),
         ({"evaluate_every": 0.7}, "must be a multiple of save_every"),
         ({"final_learning_rate": 1.0}, "final_learning_rate"),
         ({"augmentation": {"flip": 2}}, "flip"),
@@ -192,8 +197,6 @@ def test_what_cannot_be_trained_is_refused(data: Path, tmp_path: Path, changes: 
 
 
 def test_damaged_images_are_refused_before_the_run_or_skipped_in_it(data: Path, tmp_path: Path):
-    import shutil
-
     shutil.copytree(data, tmp_path / "data")
     for split in ("train", "val"):
         (tmp_path / "data" / split / "red" / "0.png").write_text("no picture")
@@ -202,3 +205,29 @@ def test_damaged_images_are_refused_before_the_run_or_skipped_in_it(data: Path, 
     skipping = recipe(tmp_path / "data", unreadable="skip", epochs=0.5, warmup_epochs=0)
     assert train(skipping, tmp_path / "run").metrics["test images"] == 5
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["unreadable"] == "skip"
+
+
+TWO_PROCESSES = """
+import sys
+from mixhead.cli.app import run
+sys.exit(run(["train", {recipe!r}, "batch_size=3", "--run", {folder!r}]))
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_train_as_one(data: Path, tmp_path: Path):
+    # Mixing depends on the batch, so that it is left out.
+    still = {"color_jitter": 0, "randaugment_magnitude": 0, "mix": 0}
+    asked = recipe(data, epochs=0.5, warmup_epochs=0.25, augmentation=still)
+    write_recipe(asked, tmp_path / "recipe.yaml")
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES.format(recipe=str(tmp_path / "recipe.yaml"), folder=str(tmp_path / "two")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    train(asked, tmp_path / "one")
+    one, two = (torch.tensor([float(x) for x in losses(tmp_path / name)]) for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=0)  # the balance loss is not linear in the batch
+    assert mixhead.load(tmp_path / "two" / "model").config.id2label[0] == "blue"

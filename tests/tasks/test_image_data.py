@@ -69,6 +69,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path):
 def test_the_model_must_know_the_classes(tmp_path: Path):
     images = open_images(fill(tmp_path, dog=2, cat=1), "test")
     assert renumbered(images, ("ape", "dog", "cat")).labels.tolist() == [2, 1, 1]
+    assert renumbered(images, ("LABEL_0", "LABEL_1")) is images, "a model without names: in their order"
     with pytest.raises(MixheadError, match="class 'cat' is unknown to the model"):
         renumbered(images, ("dog", "ape"))
 

@@ -241,8 +241,8 @@ def test_log_and_result(whole_run):
     with result.log.open(newline="") as file:
         columns = ",".join(next(csv.reader(file)))
     assert columns == (
-        "step,tokens,loss,cross_entropy,distillation,balance,smallest_load,largest_load,load_entropy,gradient_norm,"
-        "learning_rate,tokens_per_second,seconds"
+        "step,tokens,loss,cross_entropy,distillation,balance,smallest_load,largest_load,load_entropy,load_entropy_0,"
+        "load_entropy_1,gradient_norm,learning_rate,tokens_per_second,seconds"
     )
     assert [int(row["step"]) for row in log] == list(range(1, 9)) and result.steps == 8
     assert int(log[-1]["tokens"]) == result.tokens == 8 * STEP

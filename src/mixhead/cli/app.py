@@ -17,11 +17,14 @@ from mixhead.cli import (
     evaluate_images,
     evaluate_samples,
     fetch,
+    fill_mask,
     generate,
     inspect,
+    play,
     recipes,
     sample,
     train,
+    translate,
     tune,
 )
 from mixhead.errors import MixheadError
@@ -45,7 +48,14 @@ app.add_typer(recipes.app, name="recipes", help="The recipes that `mixhead train
 app.command("sample")(sample.sample)
 app.command("evaluate-samples")(evaluate_samples.evaluate_samples)
 app.command("fetch")(fetch.fetch)
+app.command("pairs")(translate.pairs)
+app.command("vocabulary")(translate.vocabulary)
+app.command("translate")(translate.translate)
+app.command("evaluate-translation")(translate.evaluate_translation_verb)
+app.command("expert-words")(translate.expert_words_verb)
+app.command("fill-mask")(fill_mask.fill_mask_verb)
 app.command("inspect")(inspect.inspect)
+app.command("play")(play.play)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

@@ -20,7 +20,8 @@ from mixhead.report.names import short_names
 from mixhead.report.plots import plot_load_by, plot_loads
 from mixhead.report.terminal import terminal_view
 from mixhead.routing import Recording
-from mixhead.tasks.record import picture_files, record_pictures, record_texts, record_writing
+from mixhead.tasks.record import picture_files, record_drawing, record_pictures, record_texts, record_writing
+from mixhead.tasks.sampling import class_names, load_pipeline
 from mixhead.tasks.text import text_source
 
 
@@ -36,6 +37,10 @@ def inspect(
     prompt: Annotated[str | None, typer.Option(help="A prompt to continue instead.")] = None,
     images: Annotated[
         Path | None, typer.Option(help="A picture, or a folder of pictures; its subfolders are classes.")
+    ] = None,
+    draw: Annotated[
+        int | None,
+        typer.Option(min=1, help="Let an image generator draw so many images, of one class after the other."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to read of each text, or to write.")] = 1000,
     shown: Annotated[int, typer.Option(min=1, help="Tokens that are shown one by one.")] = 10_000,
@@ -53,7 +58,7 @@ def inspect(
     """Records which heads the tokens of texts or pictures use, and shows it; or shows what was recorded before."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recording" if save is None else save
-        recorded = read_or_record(source, Inputs(text, prompt, images, tokens), path)
+        recorded = read_or_record(source, Inputs(text, prompt, images, draw, tokens), path)
         contents = read_contents(recorded.recording, shown)
     if layer is not None:
         layer = named_layer(contents, layer)
@@ -76,6 +81,7 @@ class Inputs:
     texts: Sequence[str] | None
     prompt: str | None
     images: Path | None
+    draw: int | None
     tokens: int
 
 
@@ -89,13 +95,13 @@ class Recorded:
 
 def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
     """The recording of that name, or a new one of the model of that name."""
-    given = [name for name in ("texts", "prompt", "images") if getattr(inputs, name) is not None]
+    given = [name for name in ("texts", "prompt", "images", "draw") if getattr(inputs, name) is not None]
     if Path(f"{source.removesuffix('.safetensors').removesuffix('.json')}.safetensors").is_file():
         if given:
             raise MixheadError(f"{source} is a recording, which is shown as it is: leave out the texts or pictures.")
         return Recorded(Recording(source))
     if len(given) > 1:
-        raise MixheadError("Give either texts (--text), a prompt (--prompt) or pictures (--images).")
+        raise MixheadError("Give one of texts (--text), a prompt (--prompt), pictures (--images) and --draw.")
     folder = model_folder(source)
     about = {"model": Path(source).name}
     if inputs.images is not None:
@@ -105,6 +111,11 @@ def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
         except (OSError, ValueError, ImportError) as error:
             raise MixheadError(f"{folder} has no image processor that can be loaded ({error}).") from error
         return Recorded(*record_pictures(network, processor, picture_files(inputs.images), path, about=about))
+    if inputs.draw is not None:
+        pipeline = load_pipeline(folder)
+        count = len(class_names(pipeline))
+        classes = [number % count for number in range(inputs.draw)]
+        return Recorded(*record_drawing(pipeline, classes, path, about=about))
     model, tokenizer = store.load_causal_lm(folder)
     if inputs.prompt is not None:
         written = record_writing(model, tokenizer, inputs.prompt, path, new_tokens=inputs.tokens, about=about)

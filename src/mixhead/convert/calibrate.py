@@ -61,7 +61,7 @@ class CalibrationConfig:
     probe_sequences: int = 1
     ridge: float = 1e-3
     refit_output: bool = True
-    output_ridge: float = 1e-3
+    output_ridge: float = 0.1
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:

@@ -60,7 +60,9 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
     if isinstance(model, MoHModelMixin):
         raise MixheadError(f"{type(model).__name__} is converted already: call mixhead.revert on it first.")
     if not isinstance(model, PreTrainedModel):
-        raise MixheadError(f"mixhead.convert takes a model of transformers, but this is a {type(model).__name__}.")
+        raise MixheadError(
+            f"mixhead.convert takes a model of transformers or a MoHDiT, but this is a {type(model).__name__}."
+        )
     if model.config.output_attentions:
         raise MixheadError(
             f"{type(model).__name__} is set to return attention weights, and a converted model computes none for the "
@@ -99,7 +101,11 @@ def set_layer_heads(model: PreTrainedModel, site: AttentionSite, index: int, hea
 
 
 def revert(model: Any) -> Any:
-    """Takes the routers off a converted model, in place: the original class, configuration and attention again."""
+    """Takes the routers off a converted model, in place: the original class, configuration and attention again.
+
+    The weights are those that the model has now: tuning changes them, and so does calibration where it fits output
+    projections.
+    """
     if is_in_slots(model):
         take_out_of_slots(model)
         return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
@@ -40,9 +41,20 @@ def moa_attention(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -
 
 
 def rename_moa_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official names of a MoA attention module to those of `MixtureOfAttentionHeads`, which has `nn.Linear` routers."""
-    renamed = {}
-    for name, tensor in state_dict.items():
-        transposed = name in ("q_proj.w_gate", "q_proj.w_noise")
-        renamed[MOA_NAMES.get(name, name)] = tensor.mT if transposed else tensor
+    """Official names of a MoA attention module to those of `MixtureOfAttentionHeads`.
+
+    Its routers are an `nn.Linear`, whose weight is transposed, and keys and values come from one projection.
+    """
+    renamed = dict(state_dict)
+    for official, ours in MOA_NAMES.items():
+        if official in renamed:
+            tensor = renamed.pop(official)
+            renamed[ours] = tensor.mT if tensor.dim() == 2 else tensor
+    if renamed.keys() >= {"k_proj.weight", "v_proj.weight"}:
+        k_XC, v_XC = renamed.pop("k_proj.weight"), renamed.pop("v_proj.weight")
+        if k_XC.shape != v_XC.shape:
+            raise MixheadError(
+                f"k_proj.weight and v_proj.weight must have one shape, got {list(k_XC.shape)} and {list(v_XC.shape)}."
+            )
+        renamed["kv_proj.weight"] = torch.cat([k_XC, v_XC])
     return renamed

@@ -23,7 +23,7 @@ class MixtureOfAttentionHeads(nn.Module):
     y_t = sum over the chosen experts i of gate_i softmax(q_t W^q_i (K W^k)^T / sqrt(D)) V W^v W^o_i. Every expert has a
     query and an output projection of its own; keys and values are made once, for all experts together.
 
-    Parameters: `q_experts` [E, C, X], `o_experts` [E, X, C], `k_proj.weight` and `v_proj.weight` [X, key_value_size]
+    Parameters: `q_experts` [E, C, X], `o_experts` [E, X, C], `kv_proj.weight` [2 X, key_value_size] (keys, then values)
     and those of `router`; none has a bias. An expert has `num_key_value_heads` heads of `head_dim`, X in all (one in
     MoA; 16 in JetMoE).
 
@@ -75,8 +75,7 @@ class MixtureOfAttentionHeads(nn.Module):
         width = num_key_value_heads * head_dim
         self.q_experts = nn.Parameter(torch.empty(num_experts, hidden_size, width))
         self.o_experts = nn.Parameter(torch.empty(num_experts, width, hidden_size))
-        self.k_proj = nn.Linear(key_value_size, width, bias=False)
-        self.v_proj = nn.Linear(key_value_size, width, bias=False)
+        self.kv_proj = nn.Linear(key_value_size, 2 * width, bias=False)
         self.router = ExpertRouter(
             hidden_size,
             num_experts,
@@ -90,10 +89,10 @@ class MixtureOfAttentionHeads(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier-uniform for each expert, with gain 1 / sqrt(2) for keys and values, zero for the router (official)."""
-        for expert_XX in (*self.q_experts, *self.o_experts):
-            nn.init.xavier_uniform_(expert_XX)
-        for proj in (self.k_proj, self.v_proj):
-            nn.init.xavier_uniform_(proj.weight, gain=2**-0.5)
+        for expert in (*self.q_experts, *self.o_experts):
+            nn.init.xavier_uniform_(expert)
+        for proj_XC in self.kv_proj.weight.chunk(2):
+            nn.init.xavier_uniform_(proj_XC, gain=2**-0.5)
         self.router.reset_parameters()
 
     def forward(
@@ -148,10 +147,7 @@ class MixtureOfAttentionHeads(nn.Module):
             keys_and_values = self.project_keys_and_values(query if key_value is None else key_value)
         k_BKTD, v_BKTD = keys_and_values
         if position_embeddings is not None:
-            cos, sin = position_embeddings
-            q_BNSX = rotate(q_BNSX.unflatten(-1, (-1, self.head_dim)), cos[:, :, None, None], sin[:, :, None, None])
-            q_BNSX = q_BNSX.flatten(-2)
-            k_BKTD = rotate(k_BKTD, cos.unsqueeze(1), sin.unsqueeze(1))
+            k_BKTD = rotate(k_BKTD, *(x.unsqueeze(1) for x in position_embeddings))
         if past_key_values is not None:
             k_BKTD, v_BKTD = past_key_values.update(k_BKTD, v_BKTD, layer_idx)
         check_padding("key_padding_mask", key_padding_mask, k_BKTD.shape[0], k_BKTD.shape[2])
@@ -159,9 +155,11 @@ class MixtureOfAttentionHeads(nn.Module):
             q_BNSX,
             k_BKTD,
             v_BKTD,
-            routing,
+            routing.gates_BNS,
+            routing.filled_BNS,
             causal=causal,
             attn_mask=joined_mask(attn_mask, key_padding_mask),
+            position_embeddings=position_embeddings,
             dropout=self.dropout if self.training else 0.0,
             impl=impl,
         )
@@ -170,8 +168,8 @@ class MixtureOfAttentionHeads(nn.Module):
 
     def project_keys_and_values(self, states_BTC: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of all experts, [B, K, T, D] each; cross-attention may keep them for later queries."""
-        check_states("key_value", states_BTC, self.k_proj.in_features)
-        k_BTX, v_BTX = self.k_proj(states_BTC), self.v_proj(states_BTC)
+        check_states("key_value", states_BTC, self.kv_proj.in_features)
+        k_BTX, v_BTX = self.kv_proj(states_BTC).chunk(2, -1)
         by_head = (self.num_key_value_heads, self.head_dim)
         return k_BTX.unflatten(-1, by_head).transpose(1, 2), v_BTX.unflatten(-1, by_head).transpose(1, 2)
 
@@ -180,11 +178,13 @@ def slot_attention(
     q_BNSX: Tensor,
     k_BKTD: Tensor,
     v_BKTD: Tensor,
-    routing: ExpertRouting,
+    gates_BNS: Tensor,
+    filled_BNS: Tensor,
     *,
     causal: bool = False,
     attn_mask: Tensor | None = None,
     scale: float | None = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
@@ -194,10 +194,12 @@ def slot_attention(
         q_BNSX: queries in slots.
         k_BKTD: keys; head j of every expert attends to key-value head j.
         v_BKTD: values.
-        routing: gates of the slots.
+        gates_BNS: weights of the slots.
+        filled_BNS: bool, False where a slot is empty.
         causal: a query sees the keys up to its own position; the last query sees the last key.
         attn_mask: bool (True = may attend) or floating, broadcastable to [B, 1, N, T].
         scale: factor of the scores; 1 / sqrt(D) by default.
+        position_embeddings: (cos, sin) of a rotary embedding of the queries, [1 or B, N, D] each.
         dropout: probability of dropping an attention weight.
         impl: the engine, see `mixhead.ops.head_attention`.
 
@@ -206,10 +208,13 @@ def slot_attention(
     """
     kv_heads, slots = k_BKTD.shape[1], q_BNSX.shape[2]
     # The heads that share a key-value head, one of each slot, stand side by side: J = K S of them.
-    q_BJND = q_BNSX.unflatten(-1, (kv_heads, -1)).permute(0, 3, 2, 1, 4).flatten(1, 2)
+    q_BKSND = q_BNSX.unflatten(-1, (kv_heads, -1)).permute(0, 3, 2, 1, 4)
+    if position_embeddings is not None:
+        q_BKSND = rotate(q_BKSND, *(x[:, None, None] for x in position_embeddings))
+    q_BJND = q_BKSND.flatten(1, 2)
     heads = Routing(
-        gates_BNH=routing.gates_BNS.repeat(1, 1, kv_heads) if kv_heads > 1 else routing.gates_BNS,
-        selected_BNH=routing.filled_BNS.repeat(1, 1, kv_heads) if kv_heads > 1 else routing.filled_BNS,
+        gates_BNH=gates_BNS.repeat(1, 1, kv_heads) if kv_heads > 1 else gates_BNS,
+        selected_BNH=filled_BNS.repeat(1, 1, kv_heads) if kv_heads > 1 else filled_BNS,
     )
     if dropout > 0.0:
         out_BJND = attention_with_dropout(q_BJND, k_BKTD, v_BKTD, heads, causal, attn_mask, scale, dropout)
@@ -244,7 +249,9 @@ def attention_with_dropout(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the last axis, in which number i and number i + D/2 are a pair, as in transformers."""
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    (cos_first, cos_second), (sin_first, sin_second) = cos.chunk(2, -1), sin.chunk(2, -1)
+    turned_first = torch.addcmul(first * cos_first, second, sin_first, value=-1)
+    return torch.cat([turned_first, torch.addcmul(second * cos_second, first, sin_second)], -1)
 
 
 def joined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:

@@ -1,8 +1,8 @@
 """Operators that compute exactly the selected heads."""
 
-from mixhead.ops.aggregated import AGGREGATED_IMPLEMENTATIONS, RelativeBias, aggregated_attention
+from mixhead.ops.aggregated import AGGREGATED_IMPLEMENTATIONS, RelativeBias, aggregated_attention, explain_aggregated
 from mixhead.ops.api import IMPLEMENTATIONS, Choice, explain, head_attention
-from mixhead.ops.convolutional_glu import GLU_IMPLEMENTATIONS, convolutional_glu
+from mixhead.ops.convolutional_glu import GLU_IMPLEMENTATIONS, convolutional_glu, explain_glu
 from mixhead.ops.projections import (
     PROJECTIONS,
     explain_projection,
@@ -28,6 +28,8 @@ __all__ = [
     "aggregated_attention",
     "convolutional_glu",
     "explain",
+    "explain_aggregated",
+    "explain_glu",
     "explain_projection",
     "explain_slot_projection",
     "head_attention",

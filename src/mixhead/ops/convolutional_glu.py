@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixhead.errors import MixheadError
+from mixhead.ops.api import Choice
 from mixhead.ops.cpu import convolutional_glu as cpu
 
 
@@ -49,12 +50,19 @@ def convolutional_glu(
     """
     check(hidden_BNK, bias_K, weight_M33, conv_bias_M, size)
     if impl == "auto":
-        impl = "cpu"
+        impl = explain_glu(hidden_BNK).impl
     if impl not in GLU_IMPLEMENTATIONS:
         raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(GLU_IMPLEMENTATIONS)}.")
     if impl == "cpu" and cpu.refusal(hidden_BNK):
         impl = "reference"
     return GLU_IMPLEMENTATIONS[impl](hidden_BNK, bias_K, weight_M33, conv_bias_M, size)
+
+
+def explain_glu(hidden_BNK: Tensor) -> Choice:
+    """Which implementation `impl="auto"` takes for these hidden states, and why."""
+    if why := cpu.refusal(hidden_BNK):
+        return Choice("reference", f"{why}; plain PyTorch does the same in five passes")
+    return Choice("cpu", "the C++ kernel does everything in one pass over the memory")
 
 
 def check(hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int]) -> None:

@@ -11,20 +11,35 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mixhead.errors import MixheadError
-from mixhead.report.statistics import Bools, Load, agreement, blocks_of, load_by, load_of, position_bins, words_of
+from mixhead.report.statistics import (
+    Bools,
+    Floats,
+    Load,
+    agreement,
+    blocks_of,
+    co_activation,
+    load_by,
+    load_of,
+    position_bins,
+)
 from mixhead.report.word_classes import word_class
+from mixhead.report.word_statistics import expert_words
 from mixhead.routing.recording import Recording, Tokens
 from mixhead.tasks.pieces import readable
 
 PLACE_LABELS = ("token", "x", "y")
 MOST_GROUPS = 24
+SAMPLE = 4096  # about so many tokens, evenly spread, tell how heads and layers go together
+PATCHES = 10  # a patch is ten times less work for a browser than a token
+LEAST_BITS = 0.005  # of mutual information; below, a word says nothing of a head
 
 
 @dataclass(frozen=True)
-class Sequence_:
+class Shown:
     """One text or picture.
 
     Attributes:
@@ -61,7 +76,7 @@ class Axis:
     layers: list[str]
     kind: str
     texts: list[str]
-    sequences: list[Sequence_]
+    sequences: list[Shown]
     codes_TX: NDArray[np.uint8]
 
 
@@ -91,6 +106,7 @@ class Contents:
         groups: loads by what the tokens have in common.
         words: by layer, for each head the words that speak for it, with their PMI in bits.
         agreement: by pair of layers that routed the same tokens, how alike they sort them.
+        together: by layer, the correlation of each two heads' use, [H, H].
         gates_vary: whether heads are weighted, and not only switched on and off.
         notes: what was left out of the report, as sentences.
     """
@@ -101,6 +117,7 @@ class Contents:
     groups: list[Group]
     words: dict[str, list[list[tuple[str, float]]]]
     agreement: dict[tuple[str, str], float]
+    together: dict[str, Floats]
     gates_vary: bool
     notes: list[str] = field(default_factory=list)
 
@@ -124,6 +141,7 @@ def read_contents(recording: Recording, most_tokens: int = 10_000) -> Contents:
     loads: dict[str, Load] = {}
     words: dict[str, list[list[tuple[str, float]]]] = {}
     alike: dict[tuple[str, str], float] = {}
+    together: dict[str, Floats] = {}
     groups: dict[tuple[str, str], dict[str, Load]] = {}
     axes, notes, vary = [], [], False
     left = list(recording.layers)
@@ -131,10 +149,11 @@ def read_contents(recording: Recording, most_tokens: int = 10_000) -> Contents:
         layers = recording.same_tokens(left[0])
         left = [name for name in left if name not in layers]
         tokens = recording.tokens(layers[0])
-        shown = shown_tokens(tokens, most_tokens)
+        says = "token" in tokens.labels
+        shown = shown_tokens(tokens, most_tokens if says else PATCHES * most_tokens)
         if len(shown) < len(tokens):
             notes.append(f"{len(shown):,} of {len(tokens):,} tokens are shown; all of them count in the figures.")
-        axis_texts = texts_of(recording, tokens, np.arange(len(tokens))) if "token" in tokens.labels else []
+        axis_texts = texts_of(recording, tokens, np.arange(len(tokens))) if says else []
         labels = labels_of(recording, tokens, axis_texts)
         block_T, codes = blocks_of(tokens), []
         earlier: list[tuple[str, Bools]] = []
@@ -147,8 +166,10 @@ def read_contents(recording: Recording, most_tokens: int = 10_000) -> Contents:
                     groups.setdefault((label, name_of(value)), {})[layer] = load
             if axis_texts:
                 plain = [text.strip().lower() or "␣" for text in axis_texts]
-                words[layer] = words_of(plain, selected_TH)
-            sample_TH = selected_TH[:: max(1, len(selected_TH) // 4096)]
+                scored = expert_words(torch.from_numpy(selected_TH), plain, top=8, min_count=3)
+                words[layer] = [[(s.word, s.pmi) for s in of if s.pmi > LEAST_BITS] for of in scored]
+            sample_TH = selected_TH[:: max(1, len(selected_TH) // SAMPLE)]
+            together[layer] = co_activation(sample_TH)
             for other, sample_TI in earlier:
                 alike[other, layer] = agreement(sample_TI, sample_TH)
             earlier.append((layer, sample_TH))
@@ -158,7 +179,7 @@ def read_contents(recording: Recording, most_tokens: int = 10_000) -> Contents:
         texts = [axis_texts[i] for i in shown] if axis_texts else []
         axes.append(Axis(layers, kind, texts, sequences_of(recording, tokens, shown, kind), np.concatenate(codes, 1)))
     listed = [Group(label, value, of) for (label, value), of in groups.items()]
-    return Contents(recording, loads, axes, listed, words, alike, vary, list(dict.fromkeys(notes)))
+    return Contents(recording, loads, axes, listed, words, alike, together, vary, list(dict.fromkeys(notes)))
 
 
 def shown_tokens(tokens: Tokens, most: int) -> NDArray[np.intp]:
@@ -202,7 +223,7 @@ def labels_of(
     return found
 
 
-def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], kind: str) -> list[Sequence_]:
+def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], kind: str) -> list[Shown]:
     """The sequences among the shown tokens, in their order."""
     sequence_T = tokens.sequence[shown]
     first = np.flatnonzero(np.diff(sequence_T, prepend=-1))
@@ -215,13 +236,13 @@ def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], 
         groups = [
             recording.names[label][int(value_T[row])]
             for label, value_T in tokens.labels.items()
-            if label not in PLACE_LABELS and int(value_T[row]) in recording.names.get(label, {})
+            if label in recording.names and label not in PLACE_LABELS and int(value_T[row]) in recording.names[label]
         ]
         what = "Picture" if kind == "image" else "Text"
         title = f"{what} {(picture if kind == 'image' else number) + 1}" + (f" ({', '.join(groups)})" if groups else "")
         time = float(tokens.labels["time_step"][row]) if diffuses else None
         grid, prefix = grid_of(tokens, shown[start:end]) if kind == "image" else (None, 0)
-        found.append(Sequence_(title, int(start), int(end - start), picture, time, grid, prefix))
+        found.append(Shown(title, int(start), int(end - start), picture, time, grid, prefix))
     return found
 
 

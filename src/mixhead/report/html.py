@@ -109,6 +109,8 @@ def data_of(contents: Contents, pictures: Sequence[bytes] = ()) -> dict[str, Any
         ]
         if contents.words
         else [],
+        "together": [[hundredths(row) for row in contents.together[name]] for name in names],
+        "agreement": agreement_data(contents, number),
         "pictures": [data_address(picture) for picture in pictures],
     }
 
@@ -214,6 +216,20 @@ def loads_data(loads: Mapping[str, Load], number: Mapping[str, int]) -> dict[str
     for name, load in loads.items():
         share[number[name]], error[number[name]] = rounded(load.share_H), rounded(load.error_H)
     return {"tokens": max((load.tokens for load in loads.values()), default=0), "load": share, "error": error}
+
+
+def agreement_data(contents: Contents, number: Mapping[str, int]) -> list[list[int | None]]:
+    """How alike each two layers sort the tokens, in hundredths; null where they saw different ones."""
+    table: list[list[int | None]] = [[None] * len(number) for _ in number]
+    for (one, other), value in contents.agreement.items():
+        for a, b in ((one, other), (other, one)):
+            table[number[a]][number[b]] = round(100 * value)
+    return table
+
+
+def hundredths(values: NDArray[Any]) -> list[int]:
+    """Whole numbers of hundredths."""
+    return [round(100 * float(value)) for value in values]
 
 
 def rounded(values: NDArray[Any]) -> list[float | None]:

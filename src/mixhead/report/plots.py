@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from mixhead.report.html import competing_heads
 from mixhead.report.names import short_names
 from mixhead.report.statistics import BAND
 from mixhead.tasks.progress import read_rows
+
+logger = logging.getLogger(__name__)
 
 ENDINGS = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, told apart with any colour vision.
@@ -83,6 +86,16 @@ def plot_loads(contents: Contents, file: Path) -> None:
     axes.set_ylabel("head")
     figure.colorbar(image, label="share of tokens that use the head")
     save(figure, file)
+
+
+def plot_health(log: Path) -> Path | None:
+    """The picture of a training run beside its log; None where there is nothing to draw or matplotlib is missing."""
+    picture = log.with_name("routing.png")
+    try:
+        return picture if health_plot(log, picture) else None
+    except MixheadError as error:
+        logger.info("No picture of the routing was drawn. %s", error)
+        return None
 
 
 def health_plot(log: Path, file: Path) -> bool:

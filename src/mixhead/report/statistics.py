@@ -159,27 +159,6 @@ def position_bins(position_T: Ints) -> tuple[Ints, dict[int, str]]:
     return bin_T, names
 
 
-def words_of(texts: Sequence[str], selected_TH: Bools, least: int = 3, top: int = 8) -> list[list[tuple[str, float]]]:
-    """For each head the words that speak for it, by pointwise mutual information in bits, best first.
-
-    PMI(word, head) = log2 p(word, head) / (p(word) p(head)): how much more often tokens of this word use the head than
-    tokens do on the whole. Only words that used the head `least` times; only positive values.
-    """
-    words = {word: number for number, word in enumerate(dict.fromkeys(texts))}
-    word_T = np.array([words[text] for text in texts], np.int64)
-    names = list(words)
-    count_W = np.bincount(word_T, minlength=len(names))
-    load_H = selected_TH.mean(0) if len(selected_TH) else np.zeros(selected_TH.shape[1])
-    found = []
-    for head in range(selected_TH.shape[1]):
-        joint_W = np.bincount(word_T[selected_TH[:, head]], minlength=len(names))
-        often = np.flatnonzero(joint_W >= least)
-        pmi = np.log2(joint_W[often] / count_W[often] / max(load_H[head], 1e-12))
-        order = np.lexsort((-joint_W[often], -pmi))[:top]
-        found.append([(names[often[i]], float(pmi[i])) for i in order if pmi[i] > 0.005])
-    return found
-
-
 def in_words(loads: Mapping[str, Load], shared: Mapping[str, Sequence[int]]) -> list[str]:
     """What stands out, as sentences: dead and saturated heads, the least and the most even layer."""
     dead, saturated = [], []

@@ -79,7 +79,7 @@ def plot_confusion(result: ImageEvaluation, file: Path) -> None:
     if classes <= MOST_CLASSES:
         axes.set_xticks(range(classes), [plain(name) for name in result.classes], rotation=60, ha="right")
         axes.set_yticks(range(classes), [plain(name) for name in result.classes])
-        for row, column in np.argwhere(share_CL >= 0.005):
+        for row, column in np.argwhere(share_CL > 0.005):
             colour = "white" if share_CL[row, column] > 0.6 else "black"
             axes.text(column, row, f"{100 * share_CL[row, column]:.0f}", ha="center", va="center", color=colour)
     axes.set_title(f"{result.images:,} images, top-1 {result.top1_accuracy:.1%} (numbers: % of the true class)")
@@ -181,20 +181,26 @@ def plot_heads(image: Classification, file: Path, layer: str | None = None) -> N
 def draw_number_of_heads(figure: Any, axes: Any, picture_YXC: np.ndarray, heads: HeadMap) -> None:
     """How many heads carry the weight of a patch, over the image."""
     axes.imshow(picture_YXC)
-    edges = (0, picture_YXC.shape[1], picture_YXC.shape[0], 0)
-    values = axes.imshow(heads.carrying_YX.numpy(), cmap="viridis", alpha=0.65, extent=edges, interpolation="nearest")
+    values = axes.imshow(
+        heads.carrying_YX.numpy(), cmap="viridis", alpha=0.65, extent=edges_of(picture_YXC), interpolation="nearest"
+    )
     figure.colorbar(values, ax=axes, shrink=0.7)
     axes.set_title("heads that carry\nthe weight", fontsize=9)
 
 
 def draw_head(axes: Any, picture_YXC: np.ndarray, selected_YX: Tensor, head: int) -> None:
-    """The patches that used a head stay bright, the others are dimmed."""
+    """The patches that used a head can be seen, the others lie under grey, which shows on black and on white."""
     axes.imshow(picture_YXC)
-    edges = (0, picture_YXC.shape[1], picture_YXC.shape[0], 0)
-    dark_YXC = np.zeros((*selected_YX.shape, 4))
-    dark_YXC[..., 3] = np.where(selected_YX.numpy(), 0.0, 0.75)
-    axes.imshow(dark_YXC, extent=edges, interpolation="nearest")
+    veil_YXC = np.full((*selected_YX.shape, 4), 0.5)
+    veil_YXC[..., 3] = np.where(selected_YX.numpy(), 0.0, 0.85)
+    axes.imshow(veil_YXC, extent=edges_of(picture_YXC), interpolation="nearest")
     axes.set_title(f"head {head}: {float(selected_YX.float().mean()):.0%}", fontsize=9)
+
+
+def edges_of(picture_YXC: np.ndarray) -> tuple[float, float, float, float]:
+    """Where matplotlib draws the left, right, lower and upper edge of a picture: pixels lie around whole numbers."""
+    rows, columns = picture_YXC.shape[:2]
+    return -0.5, columns - 0.5, rows - 0.5, -0.5
 
 
 def as_picture(pixels_CYX: Tensor) -> np.ndarray:

@@ -19,6 +19,7 @@ _LISTS = {
     "auxiliary": "is are was were be been being am do does did have has had will would shall should can could may "
     "might must not",
 }
+PUNCTUATION = {"Pc", "Pd", "Pe", "Pf", "Pi", "Po", "Ps", "Sc", "Sk", "Sm"}  # of Unicode; not other symbols, as emoji
 _CLASSES = {word: name for name, words in _LISTS.items() for word in words.split()}
 
 
@@ -29,7 +30,7 @@ def word_class(text: str) -> str:
     word = text.strip()
     if not word:
         return "space"
-    if all(unicodedata.category(character)[0] in "PS" for character in word):
+    if all(unicodedata.category(character) in PUNCTUATION for character in word):
         return "punctuation"
     if any(character.isdigit() for character in word):
         return "number"

@@ -1,6 +1,6 @@
 """Routing is a value: which heads each token uses, who decides it, and the losses that keep it balanced."""
 
-from mixhead.routing.experts import ExpertRouter, ExpertRouting, LossWeights, expert_gates
+from mixhead.routing.experts import ExpertRouter, ExpertRouting, LossWeights
 from mixhead.routing.losses import balance_loss, cv_loss, switch_loss, z_loss
 from mixhead.routing.record import RoutingLog, StreamedLog, record_routing, stream_routing
 from mixhead.routing.recording import Call, Recording, RecordingWriter
@@ -34,7 +34,6 @@ __all__ = [
     "TwoStageRouter",
     "balance_loss",
     "cv_loss",
-    "expert_gates",
     "grouped_top_k_mask",
     "mean_balance_loss",
     "record_routing",

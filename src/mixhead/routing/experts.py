@@ -62,6 +62,7 @@ class ExpertRouting(Routing):
         expert_BNS: Tensor,
         gates_BNS: Tensor,
         logits_BNE: Tensor,
+        probs_BNE: Tensor,
         loss_weights: LossWeights,
         token_mask_BN: Tensor | None = None,
     ) -> ExpertRouting:
@@ -76,7 +77,7 @@ class ExpertRouting(Routing):
         return cls(
             gates_BNH=gates_BNX.scatter(-1, expert_BNS, gates_BNS)[..., :-1],
             selected_BNH=selected_BNX.scatter(-1, expert_BNS, True)[..., :-1],
-            probs_BNH=logits_BNE.softmax(-1),
+            probs_BNH=probs_BNE,
             num_routed_heads=experts,
             token_mask_BN=token_mask_BN,
             heads_per_group=expert_BNS.shape[-1] if token_mask_BN is None else None,
@@ -188,25 +189,25 @@ class ExpertRouter(Router):
         if self.noise_proj is not None and self.training:
             deviation_BNE = F.softplus(full_precision(self.noise_proj, hidden_BNC)) + NOISE_FLOOR
             logits_BNE = logits_BNE + torch.randn_like(logits_BNE) * deviation_BNE
-        expert_BNS = self._choose(logits_BNE)
-        gates_BNS = expert_gates(logits_BNE, expert_BNS, self.normalisation)
-        return ExpertRouting.from_slots(expert_BNS, gates_BNS, logits_BNE, self.loss_weights, token_mask_BN)
+        probs_BNE = logits_BNE.softmax(-1)
+        expert_BNS = self._choose(logits_BNE, probs_BNE)
+        gates_BNS = self._weigh(logits_BNE, probs_BNE, expert_BNS)
+        return ExpertRouting.from_slots(expert_BNS, gates_BNS, logits_BNE, probs_BNE, self.loss_weights, token_mask_BN)
 
-    def _choose(self, logits_BNE: Tensor) -> Tensor:
+    def _choose(self, logits_BNE: Tensor, probs_BNE: Tensor) -> Tensor:
         """The experts of each token, in falling order of their logits and then those that were drawn."""
         if self.sample_k == 0 or not self.training:
             return logits_BNE.topk(self.top_k).indices
         first_BNS = logits_BNE.topk(self.top_k - self.sample_k).indices
-        chances_BNE = (logits_BNE.detach().softmax(-1) + SAMPLING_FLOOR).scatter(-1, first_BNS, 0.0)
+        chances_BNE = (probs_BNE.detach() + SAMPLING_FLOOR).scatter(-1, first_BNS, 0.0)
         drawn_RS = torch.multinomial(chances_BNE.flatten(0, 1), self.sample_k)
         return torch.cat([first_BNS, drawn_RS.unflatten(0, logits_BNE.shape[:2])], -1)
 
-
-def expert_gates(logits_BNE: Tensor, expert_BNS: Tensor, normalisation: str) -> Tensor:
-    """The weights of the chosen experts; see `ExpertRouter`."""
-    if normalisation == "top_k_softmax":
-        return logits_BNE.gather(-1, expert_BNS).softmax(-1)
-    gates_BNS = logits_BNE.softmax(-1).gather(-1, expert_BNS)
-    if normalisation == "renormalised":
-        return gates_BNS / (gates_BNS.sum(-1, keepdim=True) + DENOMINATOR_FLOOR).detach()
-    return gates_BNS
+    def _weigh(self, logits_BNE: Tensor, probs_BNE: Tensor, expert_BNS: Tensor) -> Tensor:
+        """The gates of the chosen experts."""
+        if self.normalisation == "top_k_softmax":
+            return logits_BNE.gather(-1, expert_BNS).softmax(-1)
+        gates_BNS = probs_BNE.gather(-1, expert_BNS)
+        if self.normalisation == "renormalised":
+            return gates_BNS / (gates_BNS.sum(-1, keepdim=True) + DENOMINATOR_FLOOR).detach()
+        return gates_BNS

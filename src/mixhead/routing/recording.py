@@ -144,9 +144,8 @@ class RecordingWriter:
             "names": {label: {str(value): text for value, text in of.items()} for label, of in self.names.items()},
             "about": dict(about or {}),
         }
-        (self._folder / "routing.json").write_text(
-            json.dumps(description, ensure_ascii=False, indent=1) + "\n", "utf-8"
-        )
+        # In ASCII: a token's name may be a byte that is no character, which UTF-8 cannot hold.
+        (self._folder / "routing.json").write_text(json.dumps(description, indent=1) + "\n", encoding="ascii")
         partial.replace(_with_suffix(self.path, ".safetensors"))
         (self._folder / "routing.json").replace(_with_suffix(self.path, ".json"))
         shutil.rmtree(self._folder, ignore_errors=True)

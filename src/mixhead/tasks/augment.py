@@ -15,10 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from mixhead.errors import MixheadError
+
+try:
+    from PIL import Image, ImageEnhance, ImageOps
+except ImportError as error:
+    raise MixheadError("Images need Pillow: install it with `pip install 'mixhead[vision]'`.") from error
 
 Rng = np.random.Generator
 ATTEMPTS = 10  # to place a random rectangle

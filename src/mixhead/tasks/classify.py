@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import record_routing
-from mixhead.routing import Routing
+from mixhead.routing import Routing, record_routing
 from mixhead.tasks.evaluate_images import logits_of
 from mixhead.tasks.images import read_image
 

@@ -22,8 +22,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from mixhead.convert import store
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import record_routing
 from mixhead.models.moh_vit import MoHTransNeXtConfig, image_processor
+from mixhead.routing import record_routing
 from mixhead.tasks.evaluate import evaluation_mode
 from mixhead.tasks.image_data import LabelledImages
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -117,20 +119,19 @@ class MixingCollator:
         return {"pixel_values": pixels_BCYX, "targets": targets_BL}
 
 
-def refuse_unreadable(images: LabelledImages, on_progress: Any = None) -> None:
-    """Reads every image once.
+def refuse_unreadable(images: LabelledImages) -> None:
+    """Reads every image once, with a bar on a terminal.
 
     Raises:
         MixheadError: where any cannot be read; it names up to five of them.
     """
-    total, bad = len(images.labels), []
-    for index in range(total):
+    total, bad, console = len(images.labels), [], Console(stderr=True)
+    numbers = range(total)
+    for index in track(numbers, "Reading every image", console=console, disable=not console.is_terminal):
         try:
             images.read(index)
         except MixheadError as error:
             bad.append(str(error))
-        if on_progress is not None:
-            on_progress(index + 1, total)
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise MixheadError(

@@ -67,8 +67,8 @@ def measured(folder: Path, images: LabelledImages, bf16: bool) -> dict[str, floa
     result = evaluate_images(model, processor, images, 256, autocast=torch.bfloat16 if bf16 else None)
     return {
         "test images": result.images,
-        "top-1 (%)": 100 * result.top1_accuracy,
-        "top-5 (%)": 100 * result.top5_accuracy,
+        "top-1 (%)": round(100 * result.top1_accuracy, 2),
+        "top-5 (%)": round(100 * result.top5_accuracy, 2),
         "heads used (%)": round(100 * result.active_share, 2),
     }
 
@@ -89,7 +89,7 @@ def starting_model(config: ImageTrainConfig, classes: tuple[str, ...]) -> tuple[
                 f"The model in {settings['folder']} knows other classes than the data, or in another order."
             )
         return model, processor
-    known_fields = {f.name for f in fields(MoHTransNeXtConfig)}  # type: ignore[arg-type]
+    known_fields = {f.name for f in fields(MoHTransNeXtConfig)}
     unknown = [name for name in settings if name not in known_fields | {"name"}]
     if unknown:
         raise MixheadError(f"The recipe has an unknown key model.{unknown[0]}: MoHTransNeXtConfig has no such field.")

@@ -29,15 +29,17 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 
 
 class LabelledImages(Protocol):
-    """Images with one class each.
+    """Images with one class each."""
 
-    Attributes:
-        classes: their names, in the order of the labels.
-        labels: the class number of every image.
-    """
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their numbers."""
+        ...
 
-    classes: tuple[str, ...]
-    labels: np.ndarray
+    @property
+    def labels(self) -> np.ndarray:
+        """The class number of every image."""
+        ...
 
     def read(self, index: int) -> Image:
         """One image as RGB; a MixheadError names what cannot be read."""
@@ -149,36 +151,25 @@ def open_both(where: str | Path) -> tuple[LabelledImages, LabelledImages]:
 def renumbered(images: LabelledImages, classes: tuple[str, ...]) -> LabelledImages:
     """The same images with the class numbers of a model or of other data.
 
+    A model without names of its own (LABEL_0, LABEL_1, ...), as published checkpoints are, takes the classes in their
+    order, where it knows as many.
+
     Raises:
         MixheadError: where a class is not among `classes`.
     """
-    if images.classes == classes:
+    nameless = classes == tuple(f"LABEL_{number}" for number in range(len(images.classes)))
+    if images.classes == classes or nameless:
         return images
     unknown = sorted(used_classes(images) - set(classes))
     if unknown:
         raise MixheadError(f"Among the images beside {images.name(0)} {quoted(unknown)} unknown to the model.")
     places = np.array([classes.index(name) if name in classes else -1 for name in images.classes])
-    return Renumbered(classes, places[images.labels], images)
+    return View(classes, places[images.labels], images, np.arange(len(images.labels)))
 
 
 @dataclass(frozen=True, eq=False)
-class Renumbered:
-    """Images of another source under other class numbers."""
-
-    classes: tuple[str, ...]
-    labels: np.ndarray
-    images: LabelledImages
-
-    def read(self, index: int) -> Image:
-        return self.images.read(index)
-
-    def name(self, index: int) -> str:
-        return self.images.name(index)
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Some of the images of another source."""
+class View:
+    """Some of the images of another source, or all of them under other class numbers."""
 
     classes: tuple[str, ...]
     labels: np.ndarray
@@ -192,10 +183,10 @@ class Part:
         return self.images.name(int(self.indices[index]))
 
 
-def part(images: LabelledImages, number: int, parts: int) -> Part:
+def part(images: LabelledImages, number: int, parts: int) -> View:
     """Every `parts`-th image, from `number` on: what one of several processes looks at."""
     indices = np.arange(number, len(images.labels), parts)
-    return Part(images.classes, images.labels[indices], images, indices)
+    return View(images.classes, images.labels[indices], images, indices)
 
 
 def used_classes(images: LabelledImages) -> set[str]:

@@ -183,9 +183,16 @@ class Evaluations(TrainerCallback):
 
 
 def sharding(model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of the Trainer that shard the model, one part for each of its blocks."""
+    """Arguments of the Trainer that shard the model, one part for each of its blocks; checkpoints hold it whole.
+
+    Raises:
+        MixheadError: on CPUs, where accelerate would copy the model to every process without a word.
+    """
+    if not torch.accelerator.is_available():
+        raise MixheadError("fsdp=true needs GPUs: without them several processes train with copies (fsdp=false).")
     blocks = list(model._no_split_modules or ())
-    return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": blocks}}
+    config = {"version": 2, "transformer_layer_cls_to_wrap": blocks, "state_dict_type": "FULL_STATE_DICT"}
+    return {"fsdp": True, "fsdp_config": config}
 
 
 def image_side(processor: ImageProcessingMixin) -> int:

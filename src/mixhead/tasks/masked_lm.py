@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixhead.errors import MixheadError
@@ -24,6 +23,7 @@ from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer, model_config
 from mixhead.tasks.recipes import Recipe, settings_from
 from mixhead.tasks.run import open_run, run_training
 from mixhead.tasks.text import ADDRESSES, Split, read_text_file, text_source, token_windows
+from mixhead.tasks.token_batches import RunBatches
 from mixhead.tasks.training import TrainingResult
 from mixhead.tasks.vocabulary import check_vocabulary, load_vocabulary, train_vocabulary
 
@@ -74,33 +74,23 @@ class MaskedPerplexity:
     targets: int
 
 
-class MaskedBatches(Dataset[dict[str, Tensor]]):
-    """All batches of a run, in order: windows shuffled by seed, masked anew each time.
+class MaskedBatches(RunBatches):
+    """A round through the windows, shuffled by seed and masked anew, then the next.
 
     Args:
         windows_WN: token ids.
         tokenizer: knows the mask and the special tokens.
         batch_size: windows of a batch.
         mask_share: share of the tokens that are targets.
-        count: batches of the whole run.
         seed: of order and masks.
     """
 
     def __init__(
-        self,
-        windows_WN: Tensor,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-        mask_share: float,
-        count: int,
-        seed: int,
+        self, windows_WN: Tensor, tokenizer: PreTrainedTokenizerBase, batch_size: int, mask_share: float, seed: int
     ) -> None:
         self.windows_WN, self.tokenizer, self.batch_size = windows_WN, tokenizer, batch_size
-        self.mask_share, self.count, self.seed = mask_share, count, seed
+        self.mask_share, self.seed = mask_share, seed
         self._round, self._order_W = -1, torch.empty(0, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         windows = [self._window(index * self.batch_size + place) for place in range(self.batch_size)]
@@ -149,16 +139,15 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
         tokenizer = train_vocabulary(texts, config.vocabulary)
     set_seed(config.seed)
     model = MoAForMaskedLM(model_config(MoAEncoderConfig, config.model, len(tokenizer)))
-    count = config.steps * config.gradient_accumulation
     windows_WN = token_windows(tokenizer, texts, config.window)
-    batches = MaskedBatches(windows_WN, tokenizer, config.batch_size, config.mask_share, count, config.seed)
+    batches = MaskedBatches(windows_WN, tokenizer, config.batch_size, config.mask_share, config.seed)
     trainer = MoATrainer(model, config, batches, config.batch_size * config.window, run)
     done = open_run(trainer, "recipe.json", {"recipe": recipe.name, "task": recipe.task, **recipe.values}, resume)
     seconds = run_training(trainer, done)
     folder = trainer.save_averaged(tokenizer)
     metrics: dict[str, float | int | str] = {
         "training tokens": windows_WN.numel(),
-        "rounds": count * config.batch_size / len(windows_WN),
+        "rounds": batches.count * config.batch_size / len(windows_WN),
         "parameters": model.num_parameters(),
         "training seconds": round(seconds, 1),
     }
@@ -240,7 +229,7 @@ def fill_mask(
         MixheadError: where the text has no mask.
     """
     mask = tokenizer.mask_token
-    ids_1N = torch.tensor([mask_spaces(tokenizer, text)])
+    ids_1N = torch.tensor([ids_with_masks(tokenizer, text)])
     places = (ids_1N[0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
     if not places:
         raise MixheadError(f"The text has no gap: write {mask} where a word shall be found.")
@@ -252,7 +241,7 @@ def fill_mask(
     ]
 
 
-def mask_spaces(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[int]:
+def ids_with_masks(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[int]:
     """Token ids of a text; the space before a mask is part of the word that is sought, so it is left out."""
     mask = tokenizer.mask_token
     parts = [part.strip() for part in text.split(mask)]

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from mixhead.errors import MixheadError
 from mixhead.models.moa import MoAConfig, MoAEncoderConfig, MoATransformerConfig
 from mixhead.models.moa.modeling import MoAPreTrainedModel, step_share
 from mixhead.tasks.checkpoints import checkpoints, write_folder
+from mixhead.tasks.token_batches import RunBatches
 from mixhead.tasks.training import HEALTH, RunMixin, training_arguments
 
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-9}  # as published
@@ -84,7 +85,7 @@ class MoATrainer(RunMixin, Seq2SeqTrainer):
         self,
         model: MoAPreTrainedModel,
         config: MoATrainConfig,
-        batches: Dataset[dict[str, Tensor]],
+        batches: RunBatches,
         tokens_per_batch: float,
         run: Path,
         **loss_settings: float,
@@ -102,7 +103,9 @@ class MoATrainer(RunMixin, Seq2SeqTrainer):
             seed=config.seed,
             average_tokens_across_devices=True,
             gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},  # the other form would lose the routers' losses
         )
+        batches.count = config.steps * config.gradient_accumulation * arguments.world_size
         self.units_per_step = round(tokens_per_batch * config.gradient_accumulation * arguments.world_size)
         super().__init__(model=model, args=arguments, train_dataset=batches, data_collator=only_one)
 

@@ -17,23 +17,23 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[in
         ids: numbers of tokens; each needs to be given once only.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    kind = repr(getattr(backend, "decoder", ""))
+    kind = f"{getattr(backend, 'decoder', None)!r} {getattr(backend, 'pre_tokenizer', None)!r}"
     return {token: _piece(tokenizer, token, kind) for token in dict.fromkeys(map(int, ids))}
 
 
-def _piece(tokenizer: PreTrainedTokenizerBase, token: int, decoder: str) -> str:
+def _piece(tokenizer: PreTrainedTokenizerBase, token: int, kind: str) -> str:
     raw = tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(tokenizer) else None
     if raw is None:
         return f"<{token}>"
     if token in tokenizer.all_special_ids:
         return str(raw)
-    if "ByteLevel" in decoder:
+    if "ByteLevel" in kind:
         values = {character: value for value, character in bytes_to_unicode().items()}
         if all(character in values for character in raw):
             return bytes(values[character] for character in raw).decode("utf-8", "surrogateescape")
     if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", raw):
         return bytes([int(byte[1], 16)]).decode("utf-8", "surrogateescape")
-    if "WordPiece" in decoder:
+    if "WordPiece" in kind:
         return raw[2:] if raw.startswith("##") else f" {raw}"
     return str(raw).replace("▁", " ")
 

@@ -139,21 +139,31 @@ class ProgressBar:
             )
 
 
-def routing_health(routings: Sequence[Routing]) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """How evenly the competing heads are used, four 0-d tensors; None where nothing competes.
+HEALTH = ("balance", "smallest_load", "largest_load", "load_entropy")
 
-    Each is the mean over the layers where heads compete: the balance loss; the smallest and the largest load (shares of
-    the tokens that use a head); the entropy of the loads relative to that of even ones (1 = perfectly balanced).
+
+def layer_columns(layers: int) -> tuple[str, ...]:
+    """Names of what `routing_health` measures of each layer, in a model of so many layers that route."""
+    return tuple(f"{HEALTH[-1]}_{layer}" for layer in range(layers))
+
+
+def routing_health(routings: Sequence[Routing]) -> dict[str, Tensor]:
+    """How evenly the competing heads are used, 0-d tensors by name; empty where nothing competes.
+
+    Means over the layers where heads compete: the balance loss; the smallest and the largest load (shares of the tokens
+    that use a head); the entropy of the loads relative to that of even ones (1 = perfectly balanced). That entropy also
+    for every layer.
     """
-    layers = [layer_health(routing) for routing in routings if routing.probs_BNH is not None]
+    layers = {number: layer_health(routing) for number, routing in enumerate(routings) if routing.probs_BNH is not None}
     if not layers:
-        return None
-    balance, smallest, largest, entropy = (torch.stack(values).mean() for values in zip(*layers, strict=True))
-    return balance, smallest, largest, entropy
+        return {}
+    means = (torch.stack(values).mean() for values in zip(*layers.values(), strict=True))
+    names = layer_columns(len(routings))
+    return {**dict(zip(HEALTH, means, strict=True)), **{names[number]: of[-1] for number, of in layers.items()}}
 
 
 def layer_health(routing: Routing) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of one layer."""
+    """The four measures of one layer."""
     assert routing.probs_BNH is not None
     load_H = routing.load_H.detach()
     competes_H = masked_token_mean(routing.probs_BNH.detach(), routing.token_mask_BN) > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead.errors import MixheadError
 from mixhead.routing import Recording, StreamedLog, stream_routing
+from mixhead.tasks.images import SUFFIXES, read_image
 from mixhead.tasks.pieces import pieces_of
+from mixhead.tasks.sampling import SamplingConfig, class_names, sample_images
 
-PICTURES = (".png", ".jpg", ".jpeg")
+if TYPE_CHECKING:
+    from mixhead.models.moh_dit import MoHDiTPipeline
+
 LONGEST = 2048  # tokens of one window
 
 
@@ -125,11 +129,39 @@ def record_pictures(
     with stream_routing(model, path) as log:
         log.about.update(about or {})
         for file, of_class in pictures.items():
-            pixels_1CYX = processor(_open(file), return_tensors="pt")["pixel_values"]
+            pixels_1CYX = processor(read_image(file), return_tensors="pt")["pixel_values"]
             with log.labelled(**({"class": of_class} if of_class else {})):
                 model(pixels_1CYX)
-            shown.append(_png(pixels_1CYX[0], processor))
+            shown.append(_seen(pixels_1CYX[0], processor))
     return Recording(path), shown
+
+
+def record_drawing(
+    pipeline: MoHDiTPipeline,
+    classes: Sequence[int],
+    path: Path,
+    *,
+    steps: int = 10,
+    about: Mapping[str, Any] | None = None,
+) -> tuple[Recording, list[bytes]]:
+    """Lets a diffusion model draw an image of each class and writes what each patch used at each time step.
+
+    Args:
+        pipeline: a trained MoH-DiT.
+        classes: a class for each image; they are drawn together, without guidance.
+        path: NAME of the recording.
+        steps: time steps.
+        about: what the recording shall remember.
+
+    Returns:
+        The recording, and the finished images, PNG.
+    """
+    config = SamplingConfig(steps=steps, group=len(classes), batch_size=len(classes))
+    with stream_routing(pipeline.transformer.dit, path) as log:
+        log.about.update(about or {})
+        log.names["class"] = dict(enumerate(class_names(pipeline)))
+        images_BCYX = torch.cat([*sample_images(pipeline, classes, config)])
+    return Recording(path), [png_of(image_CYX) for image_CYX in images_BCYX]
 
 
 def picture_files(folder: Path, most_of_each: int = 50) -> dict[Path, str]:
@@ -140,35 +172,26 @@ def picture_files(folder: Path, most_of_each: int = 50) -> dict[Path, str]:
     """
     if folder.is_file():
         return {folder: ""}
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in PICTURES]
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES]
     by_class: dict[str, list[Path]] = {}
     for file in files:
         by_class.setdefault("" if file.parent == folder else file.relative_to(folder).parts[0], []).append(file)
     if not files:
-        raise MixheadError(f"{folder} holds no picture ({', '.join(PICTURES)}).")
+        raise MixheadError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}).")
     return {file: name for name, of in by_class.items() for file in of[:most_of_each]}
 
 
-def _open(file: Path) -> Any:
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise MixheadError("Pictures need Pillow: install it with `pip install 'mixhead[vision]'`.") from None
-    try:
-        return Image.open(file).convert("RGB")
-    except FileNotFoundError:
-        raise MixheadError(f"There is no picture {file}.") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise MixheadError(f"{file} cannot be read as a picture ({error}).") from None
-
-
-def _png(pixels_CYX: Tensor, processor: Any) -> bytes:
+def _seen(pixels_CYX: Tensor, processor: Any) -> bytes:
     """The picture that the model saw, its normalisation undone."""
-    from PIL import Image
-
     mean = torch.tensor(getattr(processor, "image_mean", None) or [0.0]).view(-1, 1, 1)
     deviation = torch.tensor(getattr(processor, "image_std", None) or [1.0]).view(-1, 1, 1)
-    levels_YXC = ((pixels_CYX * deviation + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    return png_of(((pixels_CYX * deviation + mean).clamp(0, 1) * 255).round().byte())
+
+
+def png_of(levels_CYX: Tensor) -> bytes:
+    """A picture, uint8 [1 or 3, Y, X], as the bytes of a PNG file."""
+    from PIL import Image
+
     out = io.BytesIO()
-    Image.fromarray(levels_YXC.expand(-1, -1, 3).contiguous().numpy()).save(out, format="PNG", optimize=True)
+    Image.fromarray(levels_CYX.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()).save(out, "PNG", optimize=True)
     return out.getvalue()

@@ -48,15 +48,27 @@ class Sentences:
         return torch.nn.utils.rnn.pad_sequence([self[i] for i in indices], batch_first=True, padding_value=filler)
 
 
-class PairBatches(Dataset[dict[str, Tensor]]):
-    """All batches of a run, in order: a round through the pairs, shuffled by seed, then the next.
+class RunBatches(Dataset[dict[str, Tensor]]):
+    """The batches of a whole run, in order: item i is the i-th, whatever happened before.
+
+    Attributes:
+        count: how many the run reads; whoever knows it sets it.
+    """
+
+    count = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class PairBatches(RunBatches):
+    """A round through the pairs, shuffled by seed, then the next.
 
     Args:
         tokenizer: of both languages.
         pairs: to learn from.
         max_tokens: of a batch, padding included, on its longer side.
         max_length: pairs with more tokens on either side are left out.
-        count: batches of the whole run.
         seed: of the order.
 
     Raises:
@@ -69,21 +81,17 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         pairs: Sequence[SentencePair],
         max_tokens: int,
         max_length: int,
-        count: int,
         seed: int,
     ) -> None:
         self.sources = Sentences(tokenizer, [pair.source for pair in pairs])
         self.targets = Sentences(tokenizer, [pair.target for pair in pairs])
-        self.pad, self.max_tokens, self.count, self.seed = tokenizer.pad_token_id, max_tokens, count, seed
+        self.pad, self.max_tokens, self.seed = tokenizer.pad_token_id, max_tokens, seed
         lengths = [max(self.sources.length(i), self.targets.length(i)) for i in range(len(pairs))]
         self.lengths = {i: length for i, length in enumerate(lengths) if length <= min(max_length, max_tokens)}
         if not self.lengths:
             raise MixheadError(f"No sentence pair has at most {min(max_length, max_tokens)} tokens on either side.")
         self._round, self._plan = -1, list[list[int]]()
         self.batches_per_round = len(self._batches(0))
-
-    def __len__(self) -> int:
-        return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         number, place = divmod(index, self.batches_per_round)

@@ -26,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mixhead.errors import MixheadError
 from mixhead.routing import Routing
+from mixhead.routing.record import routers_by_layer
 from mixhead.tasks.checkpoints import (
     PREFIX,
     WRITE_ERRORS,
@@ -36,10 +37,9 @@ from mixhead.tasks.checkpoints import (
     step_of,
     write_folder,
 )
-from mixhead.tasks.progress import routing_health
+from mixhead.tasks.progress import HEALTH as HEALTH
+from mixhead.tasks.progress import layer_columns, routing_health
 from mixhead.tasks.recipes import Recipe, shipped_recipes
-
-HEALTH = ("balance", "smallest_load", "largest_load", "load_entropy")
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,8 @@ class RunMixin(Trainer):
         self.gradient_norm: float | None = None
         self.interrupted = False  # this process was asked to stop
         self.stopping = False  # all processes agreed to stop after this step
+        # With the entropy of every layer that routes, which the class cannot know.
+        self.columns = (*self.columns, *layer_columns(len(routers_by_layer(self.model))))
         self._noted: set[str] = set()
         self._parts = torch.zeros(len(self.columns) + 1, device=self.args.device)
         self._saving_to: Path | None = None
@@ -168,9 +170,7 @@ class RunMixin(Trainer):
     @torch.no_grad()
     def note_routings(self, routings: Sequence[Routing], share: Tensor | float) -> None:
         """Adds the balance loss (mean of the layers, without its coefficient) and the health of the routing."""
-        health = routing_health(routings)
-        if health is not None:
-            self.note(share, **dict(zip(HEALTH, health, strict=True)))
+        self.note(share, **routing_health(routings))
 
     def finish_step(self) -> dict[str, float]:
         """What was noted for the step that ends, over all processes."""

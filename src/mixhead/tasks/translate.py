@@ -174,13 +174,25 @@ def split_long(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -
             pieces.append(" ".join(words))
             words, length = [], 1
         if count >= max_tokens:
-            step = max(max_tokens // 4, 1)  # a character has at most four bytes, and a byte is at most one token
-            cuts = [word[i : i + step] for i in range(0, len(word), step)]
-            pieces += cuts[:-1]
-            word, count = cuts[-1], _count(tokenizer, cuts[-1]) - 1
+            *cuts, word = cut_word(word, max_tokens)
+            pieces += cuts
+            count = _count(tokenizer, word) - 1
         words.append(word)
         length += count
     return [*pieces, " ".join(words)]
+
+
+def cut_word(word: str, max_tokens: int) -> list[str]:
+    """Parts of a word that have at most that many tokens, whatever the vocabulary: a byte is at most one token."""
+    room = max(max_tokens - 2, 1)  # beside the end token and the space before the word
+    parts, size = [""], 0
+    for character in word:
+        size += len(character.encode())
+        if size > room and parts[-1]:
+            parts.append("")
+            size = len(character.encode())
+        parts[-1] += character
+    return parts
 
 
 def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

@@ -85,8 +85,7 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
     set_seed(config.seed)
     sizes = model_config(MoATransformerConfig, config.model, len(tokenizer))
     model = MoATransformerForConditionalGeneration(sizes)
-    count = config.steps * config.gradient_accumulation
-    batches = PairBatches(tokenizer, pairs, config.max_tokens, config.max_length, count, config.seed)
+    batches = PairBatches(tokenizer, pairs, config.max_tokens, config.max_length, config.seed)
     tokens = sum(batches.targets.length(i) for i in batches.lengths) / batches.batches_per_round
     trainer = MoATrainer(model, config, batches, tokens, run, label_smoothing=config.label_smoothing)
     done = open_run(trainer, "recipe.json", {"recipe": recipe.name, "task": recipe.task, **recipe.values}, resume)
@@ -94,7 +93,7 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
     folder = trainer.save_averaged(tokenizer)
     metrics: dict[str, float | int | str] = {
         "training pairs": len(batches.lengths),
-        "rounds": count / batches.batches_per_round,
+        "rounds": batches.count / batches.batches_per_round,
         "parameters": model.num_parameters(),
         "training seconds": round(seconds, 1),
     }

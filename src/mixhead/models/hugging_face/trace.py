@@ -41,6 +41,18 @@ class RoutingTrace:
     ) -> None:
         """Shown what a module computes, where `wants_heads` said so; all heads are dense then."""
 
+    def look(
+        self,
+        name: str,
+        q_BHND: Tensor,
+        k_BKTD: Tensor,
+        routing: Routing,
+        attn_mask: Tensor | None,
+        scale: float | None,
+        causal: bool,
+    ) -> None:
+        """Shown what the attention of a module that routes is computed from, as `head_attention` takes it."""
+
     def balance_loss(self) -> Tensor | None:
         """Mean of the layers' balance losses, as the official code averages them; None where nothing competes."""
         return mean_balance_loss(routing for _, routing in self.layers)
@@ -71,3 +83,16 @@ class JoinedTrace(RoutingTrace):
     ) -> None:
         """Shows it to the second."""
         self.second.observe(name, hidden_BNC, q_BHND, heads_BHND, token_mask_BN)
+
+    def look(
+        self,
+        name: str,
+        q_BHND: Tensor,
+        k_BKTD: Tensor,
+        routing: Routing,
+        attn_mask: Tensor | None,
+        scale: float | None,
+        causal: bool,
+    ) -> None:
+        """Shows it to the second."""
+        self.second.look(name, q_BHND, k_BKTD, routing, attn_mask, scale, causal)

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from mixhead.models.moa.configuration import MoAEncoderConfig
 from mixhead.models.moa.modeling import (
+    IGNORED,
     MoAEncoder,
     MoAPreTrainedModel,
     auxiliary_loss,
@@ -30,7 +31,7 @@ class MoAMaskedLMOutput(ModelOutput):
 
     Attributes:
         loss: where labels were given: the cross entropy and, in training mode, the auxiliary loss.
-        logits: [B, N, V].
+        logits: [B, N, V]; where labels were given in training mode, of the targets alone, [1, targets, V].
         auxiliary_loss: sum of the routers' losses over all attention modules; None for a dense model.
         hidden_states: with `output_hidden_states`.
         routing: with `output_routing`, the routing of every attention module.
@@ -112,11 +113,18 @@ class MoAForMaskedLM(MoAPreTrainedModel):
             MixheadError: where ids do not fit the vocabulary.
         """
         encoded = self.model(input_ids, attention_mask, output_hidden_states=output_hidden_states)
-        logits_BNV = self.lm_head(encoded.last_hidden_state)
+        hidden_BNC = encoded.last_hidden_state
+        assert hidden_BNC is not None
+        scored = labels
+        if labels is not None and self.training:
+            # Six of seven tokens are no targets: to score them would be the most expensive part of a small model.
+            targets_BN = labels != IGNORED
+            hidden_BNC, scored = hidden_BNC[targets_BN].unsqueeze(0), labels[targets_BN].unsqueeze(0)
+        logits_BNV = self.lm_head(hidden_BNC)
         auxiliary = auxiliary_loss(encoded.routing) if labels is not None or output_routing else None
         loss = None
-        if labels is not None:
-            loss = cross_entropy(logits_BNV, labels, 0.0, num_items_in_batch)
+        if labels is not None and scored is not None:
+            loss = cross_entropy(logits_BNV, scored, 0.0, num_items_in_batch)
             if self.training:
                 loss = with_auxiliary(loss, auxiliary, step_share(labels, num_items_in_batch))
         output = MoAMaskedLMOutput(

@@ -20,6 +20,8 @@ from mixhead.models.moa.layers import Embeddings, EncoderLayer
 from mixhead.nn import MixtureOfAttentionHeads
 from mixhead.routing import ExpertRouting
 
+IGNORED = -100  # what labels hold where there is nothing to predict
+
 
 @dataclass
 class MoAOutput(ModelOutput):
@@ -143,6 +145,3 @@ def check_ids(name: str, ids_BN: Tensor, vocab_size: int) -> None:
                 f"{name} holds the token {largest}, but the model knows {vocab_size} tokens: the tokenizer belongs to "
                 "another model."
             )
-
-
-IGNORED = -100  # what labels hold where there is nothing to predict

@@ -162,7 +162,8 @@ class MoHDiT(nn.Module):
             MixheadError: where a shape or a class does not fit the model.
         """
         self.check_inputs(x, t, y)
-        hidden_BNC = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed
+        # Token by token in memory, or every norm would copy.
+        hidden_BNC = self.patch_embed(x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
         condition_BC = F.silu(self.embed_time(t.expand(x.shape[0])) + self.class_embed(y))
         routings = []
         for block in self.blocks:
@@ -176,6 +177,10 @@ class MoHDiT(nn.Module):
                 routings.append(routing)
         output = self.unpatchify(self.final(hidden_BNC, condition_BC))
         return (output, tuple(routings)) if return_routing else output
+
+    def routing_labels(self, x: Tensor, t: Tensor, y: Tensor, **_kwargs: object) -> dict[str, Tensor]:
+        """The time step and the class of every sample, for `mixhead.record_routing`."""
+        return {"time_step": t.expand(x.shape[0]), "class": y}
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Classifier-free guidance: the first half of the batch has its classes, the second half the null class.

@@ -18,4 +18,7 @@ drawControls();
 drawTokens();
 drawCompare();
 drawGroups();
+drawTogether();
 drawWords();
+for (const section of document.querySelectorAll("main > section:not([hidden])"))
+  document.querySelector("nav").append(make("a", { href: `#${section.id}`, textContent: section.querySelector("h2").textContent }));

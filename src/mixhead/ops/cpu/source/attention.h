@@ -2,7 +2,7 @@
 //
 // Queries stand in the vector lanes. The rows that select any head of one key-value head are listed by position and cut
 // into blocks of 64; a block is transposed once, Q^T [D][64], and then meets the keys in runs:
-//     S^T [keys][64] = K Q^T,   P^T = exp(S^T - max),   O^T [D][64] += V^T P^T
+//     S^T [keys][64] = log2(e) K Q^T,   P^T = 2^(S^T - max),   O^T [D][64] += V^T P^T
 // so that the softmax never reduces across lanes, and keys and values are read where they lie. The rows are in the order
 // of their positions, so under a causal mask a run of keys ends at the last visible key, and lanes that see none of its
 // keys (always the first ones) are left out. The maximum of a lane is only raised when it grew by more than
@@ -17,9 +17,8 @@
 
 namespace mixhead {
 
-constexpr float kRaise = 5.5f;    // P stays below e^5.5
+constexpr float kRaise = 8.f;       // P stays below 2^8
 constexpr int64_t kKeyPairs = 32;   // keys transposed at a time when bf16 values are packed
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 // How operands are laid out. float operands of float tensors are read in place; all others are packed once per
 // key-value head, with D and T padded by zeros.
@@ -216,10 +215,10 @@ class Attention : public Problem<In> {
       for (int64_t t = 0; t < keys; ++t) to[t] = from[t * mask.key] ? 0.f : -kInfinity;
     } else if (mask.type == MaskType::float32) {
       const float* from = static_cast<const float*>(mask.data) + at;
-      for (int64_t t = 0; t < keys; ++t) to[t] = from[t * mask.key];
+      for (int64_t t = 0; t < keys; ++t) to[t] = bias_of(from[t * mask.key]);
     } else {
       const BFloat* from = static_cast<const BFloat*>(mask.data) + at;
-      for (int64_t t = 0; t < keys; ++t) to[t] = widen(from[t * mask.key]);
+      for (int64_t t = 0; t < keys; ++t) to[t] = bias_of(widen(from[t * mask.key]));
     }
   }
 
@@ -240,13 +239,13 @@ class Attention : public Problem<In> {
     return true;
   }
 
-  // One vector of lanes over a run of keys: `use(t, score)` gets each score, scaled, biased and masked.
+  // One vector of lanes over a run of keys: `use(t, score)` gets each score, scaled, biased and masked, times log2(e).
   template <class Use>
   void for_scores(const Block& block, const float* scores, const Bias& bias, int64_t vector, int64_t t0, int64_t keys,
                   Use use) const {
     const float* column = scores + vector * kLanes;
     const IntVec limit = load(block.limit + vector * kLanes);
-    const Vec scale = all(s.scale), hidden = all(-kInfinity);
+    const Vec scale = all(s.scale * kLog2e), hidden = all(-kInfinity);
     const int64_t seen_by_all = std::clamp<int64_t>(block.limit[vector * kLanes] - t0, 0, keys);
     const auto visit = [&](int64_t from, int64_t to, auto limited, auto bias_at) {
       for (int64_t t = from; t < to; ++t) {
@@ -293,7 +292,7 @@ class Attention : public Problem<In> {
     return m;
   }
 
-  // With float operands; for others see matrix_forward.h.
+  // With float operands; for others see packed_forward.h.
   void forward(ForwardMemory& m, const BlockOfRows& ref, const View<In>& out) const {
     Block block;
     begin(block, ref);
@@ -317,57 +316,69 @@ class Attention : public Problem<In> {
     write_output(block, m.outT, out);
   }
 
-  static Vec probability(Vec score, Vec max) {
+  // 2^y, as exact as an operand can tell.
+  static Vec probability(Vec y) {
     if constexpr (L::pairs) {
-      return coarse_exp2((score - max) * kLog2e);
+      return coarse_exp2(y);
     } else {
-      return exp(score - max);
+      return exp2(y);
     }
   }
 
-  // Scores of a run -> probabilities, the new maximum and sum; raises O^T to a new maximum where one grew far.
+  // Scores of a run -> probabilities, the new maximum and sum.
   void softmax(Block& block, ForwardMemory& m, int64_t vector, int64_t t0, int64_t keys) const {
-    float* column = m.scores + vector * kLanes;
-    Vec largest = all(kLowest);
-    const bool plain = m.bias.kind == BiasKind::none && block.limit[vector * kLanes] >= t0 + keys && s.scale > 0.f;
-    if (plain) {
-      for (int64_t t = 0; t < keys; ++t) largest = larger(load(column + t * kRows), largest);
-      largest *= s.scale;
+    const bool raw = raise_maximum(block, m.scores, m.outT, m.bias, vector, t0, keys, kRaise);
+    const Vec factor = all(s.scale * kLog2e), max = load(block.max + vector * kLanes);
+    Vec sum = load(block.sum + vector * kLanes);
+    if (raw) {
+      to_probabilities(m.scores + vector * kLanes, keys, sum, [&](Vec x) { return x * factor - max; });
     } else {
-      for_scores(block, m.scores, m.bias, vector, t0, keys, [&](int64_t t, Vec x) {
+      to_probabilities(m.scores + vector * kLanes, keys, sum, [&](Vec x) { return x - max; });
+    }
+    store(block.sum + vector * kLanes, sum);
+  }
+
+  // Brings a vector's maximum up to its scores where they are more than `room` above it; the sum and O^T, which stand under
+  // the old one, are lowered. Returns whether the scores are still raw; if not, they are scaled, biased and masked.
+  bool raise_maximum(Block& block, float* scores, float* outT, const Bias& bias, int64_t vector, int64_t t0, int64_t keys,
+                     float room) const {
+    float* column = scores + vector * kLanes;
+    const bool raw = bias.kind == BiasKind::none && block.limit[vector * kLanes] >= t0 + keys && s.scale > 0.f;
+    Vec largest = all(kLowest);
+    if (raw) {
+#pragma GCC unroll 4
+      for (int64_t t = 0; t < keys; ++t) largest = larger(load(column + t * kRows), largest);
+      largest *= all(s.scale * kLog2e);
+    } else {
+      for_scores(block, scores, bias, vector, t0, keys, [&](int64_t t, Vec x) {
         store(column + t * kRows, x);
         largest = larger(x, largest);
       });
     }
-    Vec max = load(block.max + vector * kLanes), sum = load(block.sum + vector * kLanes);
-    if (any_greater(largest, max + kRaise)) {
-      const Vec raised = larger(max, largest), factor = exp(max - raised);
+    const Vec max = load(block.max + vector * kLanes);
+    if (any_greater(largest, max + room)) {
+      const Vec raised = larger(max, largest), lowered = exp2(max - raised);
       for (int64_t d = 0; d < L::depth(s.D); ++d) {
-        float* out = m.outT + d * kRows + vector * kLanes;
-        store(out, load(out) * factor);
+        float* out = outT + d * kRows + vector * kLanes;
+        store(out, load(out) * lowered);
       }
-      sum *= factor;
-      max = raised;
+      store(block.sum + vector * kLanes, load(block.sum + vector * kLanes) * lowered);
+      store(block.max + vector * kLanes, raised);
     }
-    store(block.max + vector * kLanes, max);
-    Vec added = all(0.f);
-    if (plain) {
-      to_probabilities(m, vector, keys, added, [&](Vec x) { return exp(x * s.scale - max); });
-    } else {
-      to_probabilities(m, vector, keys, added, [&](Vec x) { return exp(x - max); });
-    }
-    store(block.sum + vector * kLanes, sum + added);
+    return raw;
   }
 
-  // Scores of a run -> probabilities in their place, by `probability_of`; adds them to `sum`.
-  template <class Probability>
-  static void to_probabilities(ForwardMemory& m, int64_t vector, int64_t keys, Vec& sum, Probability probability_of) {
-    float* column = m.scores + vector * kLanes;
+  // Scores of a run -> probabilities in their place, 2 to the power of `exponent`; adds them to `sum`.
+  template <class Exponent>
+  static void to_probabilities(float* column, int64_t keys, Vec& sum, Exponent exponent) {
+    Vec added = all(0.f);
+#pragma GCC unroll 4
     for (int64_t t = 0; t < keys; ++t) {
-      const Vec p = probability_of(load(column + t * kRows));
-      sum += p;
+      const Vec p = exp2(exponent(load(column + t * kRows)));
+      added += p;
       store(column + t * kRows, p);
     }
+    sum += added;
   }
 
   void write_output(const Block& block, const float* outT, const View<In>& out) const {
@@ -518,7 +529,7 @@ class Attention : public Problem<In> {
     Vec total = load(dgate);
     for_scores(block, m.scores, m.bias, vector, t0, keys, [&](int64_t t, Vec x) {
       const int64_t at = t * kRows + lane0;
-      const Vec p = probability(x, max) * inverse, dp = load(m.d_probs + at);
+      const Vec p = probability(x - max) * inverse, dp = load(m.d_probs + at);
       total += p * dp;
       const Vec ds = p * (dp * scaled_gate - delta);
       if constexpr (L::pairs) {

@@ -5,7 +5,7 @@
 // that no query selects is not read at all. Here the dimensions of the heads stand in the vector lanes.
 //
 // The keys are cut into pieces of kPiece. A piece is attended by itself,
-//     score = q K^T,   max = largest score,   P = exp(score - max),   sum of P,   O = P V,
+//     score = log2(e) q K^T,   max = largest score,   P = 2^(score - max),   sum of P,   O = P V,
 // and a row's pieces are then combined in order, as partial softmaxes (flash-decoding). So threads share the keys of one
 // head, and since pieces do not depend on the number of threads, neither does the result.
 //
@@ -293,8 +293,8 @@ class Decode {
     if (mask.type == MaskType::boolean) {
       copy(static_cast<const uint8_t*>(mask.data), [](uint8_t x) { return x ? 0.f : -kInfinity; });
     }
-    if (mask.type == MaskType::float32) copy(static_cast<const float*>(mask.data), [](float x) { return x; });
-    if (mask.type == MaskType::bfloat16) copy(static_cast<const BFloat*>(mask.data), [](BFloat x) { return widen(x); });
+    if (mask.type == MaskType::float32) copy(static_cast<const float*>(mask.data), [](float x) { return bias_of(x); });
+    if (mask.type == MaskType::bfloat16) copy(static_cast<const BFloat*>(mask.data), [](BFloat x) { return bias_of(widen(x)); });
   }
 
   void attend(Memory& m, const Rows& rows, int64_t t0, float* to) const {
@@ -332,7 +332,7 @@ class Decode {
   void softmax(float* scores, const float* bias, int64_t keys, float* max, float* sum) const {
     const int64_t padded = round_up(keys, kLanes);
     for (int64_t t = 0; t < keys; ++t) {
-      const float x = scores[t] * s.scale;
+      const float x = scores[t] * (s.scale * kLog2e);
       scores[t] = bias == nullptr ? x : bias[t] == -kInfinity ? -kInfinity : x + bias[t];
     }
     std::fill(scores + keys, scores + padded, -kInfinity);
@@ -340,7 +340,7 @@ class Decode {
     for (int64_t t = 0; t < padded; t += kLanes) largest = larger(load(scores + t), largest);
     for (int i = 0; i < kLanes; ++i) *max = i == 0 ? largest[0] : std::max(*max, largest[i]);
     for (int64_t t = 0; t < padded; t += kLanes) {
-      const Vec p = exp(load(scores + t) - *max);
+      const Vec p = exp2(load(scores + t) - *max);
       store(scores + t, p);
       total += p;
     }
@@ -382,7 +382,7 @@ class Decode {
       for (int64_t piece = 0; piece < pieces(); ++piece) max = std::max(max, max_of(piece));
       float* total = partial(bk, 0) + r * dim();
       for (int64_t piece = 0; piece < pieces(); ++piece) {
-        const float factor = std::exp(max_of(piece) - max);
+        const float factor = std::exp2(max_of(piece) - max);
         const float* from = partial(bk, piece) + r * dim();
         sum += factor * sum_of(piece);
         for (int64_t d = 0; d < s.D; ++d) total[d] = (piece == 0 ? 0.f : total[d]) + factor * from[d];

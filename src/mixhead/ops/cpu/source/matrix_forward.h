@@ -5,10 +5,9 @@
 // two, so that raising one changes no digit of the weights and sums that stand under it.
 #pragma once
 
-#include "attention.h"
-#include "parts.h"
+#include "packed_forward.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
 
 namespace mixhead {
 
@@ -23,139 +22,18 @@ inline Vec weight(Vec y) {
 }
 
 template <class In>
-class MatrixForward : public Attention<In, BFloat> {
+class MatrixForward : public PackedForward<In, 128, 32> {
  public:
-  using Base = Attention<In, BFloat>;
-  using typename Base::Bias, typename Base::BiasKind, typename Base::Block, typename Base::L;
-  using Base::s, Base::q, Base::k, Base::v;
-  static constexpr int parts = kParts<In>;
-  static constexpr int64_t step = 32, run = 128;  // keys in a tile, and keys whose weights meet the values together
+  using Packed = PackedForward<In, 128, 32>;
+  using typename Packed::BiasKind, typename Packed::Block, typename Packed::Memory;
+  using Packed::dim, Packed::keys_part, Packed::parts, Packed::run, Packed::s, Packed::step;
+  using Packed::Packed;
 
-  explicit MatrixForward(const Problem<In>& problem) { static_cast<Problem<In>&>(*this) = problem; }
-
-  struct Memory {
-    BFloat *keys, *values;           // of one head: [parts][keys][dim] and [parts][keys / 32][dim][32]
-    BFloat *rows, *qT, *weights;     // [parts][kRows][dim], [parts][dim / 2][kRows][2], [parts][run / 2][kRows][2]
-    float *scores, *outT;            // [step][kRows], [dim][kRows]
-    Bias bias;
-    const BFloat* key_rows;          // the keys there, or where they lie in the tensor
-    int64_t head = -1;               // whose keys and values are there
-    bool fits = true;                // whether parts represent them
-  };
-
-  int64_t dim() const { return L::padded_dim(s.D); }
-  int64_t padded_keys() const { return round_up(s.T, run); }
-  int64_t keys_part() const { return padded_keys() * dim(); }
-
-  int64_t bytes() const {
-    const int64_t numbers = 2 * keys_part() + 2 * kRows * dim() + run * kRows;
-    return parts * numbers * sizeof(BFloat) + (dim() * kRows + (1 + 4) * L::keys_in_run * kRows) * sizeof(float) + 4096;
-  }
-
-  Memory memory(Arena& arena) const {
-    Memory m;
-    m.keys = arena.take<BFloat>(parts * keys_part());
-    m.values = arena.take<BFloat>(parts * keys_part());
-    m.rows = arena.take<BFloat>(parts * kRows * dim());
-    m.qT = arena.take<BFloat>(parts * kRows * dim());
-    m.weights = arena.take<BFloat>(parts * kRows * run);
-    m.scores = arena.take<float>(step * kRows);
-    m.outT = arena.take<float>(kRows * dim());
-    m.bias.values = arena.take<float>(kRows * L::keys_in_run);
-    m.bias.scratch = arena.take<float>(kRows * L::keys_in_run);
-    return m;
-  }
-
-  // Whether the products of so many blocks with a head's keys and values make up for packing those.
-  static constexpr bool pays(int64_t blocks) { return parts == 1 || blocks >= 3; }
-
-  // Keys as rows, values transposed: what the products of one key-value head take as left operands.
-  void pack(Memory& m, int64_t bk) const {
-    Magnitude of_keys, of_values;
-    pack_keys(m, bk / s.K, bk % s.K, of_keys);
-    pack_values(m, bk / s.K, bk % s.K, of_values);
-    m.head = bk;
-    m.fits = of_keys.fits() && of_values.fits();
-  }
-
-  // False where the block needs float products: its numbers, or those of its head, are not sums of parts.
   bool forward(Memory& m, const BlockOfRows& ref, const View<In>& out) const {
-    if (m.head != ref.bk) pack(m, ref.bk);
-    if (!m.fits) return false;
-    Block block;
-    this->begin(block, ref);
-    if (!transpose_queries(m, block)) return false;
-    std::fill(block.max, block.max + kRows, kLowest);
-    std::fill(block.sum, block.sum + kRows, 0.f);
-    std::memset(m.outT, 0, kRows * dim() * sizeof(float));
-    for (int64_t t0 = 0; t0 < block.end; t0 += run) meet_run(m, block, t0, std::min(run, block.end - t0));
-    float log2_max[kRows];
-    std::memcpy(log2_max, block.max, sizeof log2_max);
-    for (int64_t lane = 0; lane < kRows; ++lane) block.max[lane] = log2_max[lane] * kLn2;
-    this->write_output(block, m.outT, out);
-    correct_sums(block, log2_max);
-    return true;
+    return Packed::forward(m, ref, out, [&](Block& block, int64_t t0, int64_t keys) { meet_run(m, block, t0, keys); });
   }
 
  private:
-  void pack_keys(Memory& m, int64_t b, int64_t head, Magnitude& magnitude) const {
-    m.key_rows = m.keys;
-    if constexpr (parts == 1) {
-      if (s.D == dim() && k.row == dim() && s.T % step == 0) {
-        m.key_rows = k.at(b, head, 0);
-        return;
-      }
-    }
-    for (int64_t t = 0; t < s.T; ++t) {
-      split_row(k.at(b, head, t), s.D, dim(), m.keys + t * dim(), keys_part(), magnitude);
-    }
-    for (int part = 0; part < parts; ++part) {
-      std::memset(m.keys + part * keys_part() + s.T * dim(), 0, (round_up(s.T, step) - s.T) * dim() * sizeof(BFloat));
-    }
-  }
-
-  void pack_values(Memory& m, int64_t b, int64_t head, Magnitude& magnitude) const {
-    alignas(64) uint32_t words[parts][16 * 16];
-    for (int64_t t0 = 0; t0 < round_up(s.T, step); t0 += step) {
-      BFloat* to = m.values + t0 * dim();
-      for (int64_t d0 = 0; d0 < dim(); d0 += 16) {
-        const int64_t count = std::clamp<int64_t>(s.D - d0, 0, 16);
-        for (int64_t pair = 0; pair < 16; ++pair) {
-          const int64_t t = t0 + 2 * pair;
-          __m512i out[parts];
-          pair_words(t < s.T ? v.at(b, head, t) + d0 : nullptr, t + 1 < s.T ? v.at(b, head, t + 1) + d0 : nullptr, count, out,
-                     magnitude);
-          for (int part = 0; part < parts; ++part) _mm512_store_si512(words[part] + pair * 16, out[part]);
-        }
-        for (int part = 0; part < parts; ++part) {
-          transpose_words(words[part], 16, 16, 16, reinterpret_cast<uint32_t*>(to + part * keys_part() + d0 * step), step / 2);
-        }
-      }
-    }
-  }
-
-  // The statistics hold a maximum times ln 2, rounded, while the sum stands under the exact one.
-  void correct_sums(const Block& block, const float* log2_max) const {
-    for (int64_t lane = 0; lane < block.count; ++lane) {
-      float& inverse = this->stats[((s.B + block.b) * s.H + block.h[lane]) * s.N + block.n[lane]];
-      inverse = float(inverse * (1. + (block.max[lane] - log2_max[lane] * 0.69314718055994531)));
-    }
-  }
-
-  bool transpose_queries(Memory& m, const Block& block) const {
-    const int64_t size = kRows * dim();
-    Magnitude magnitude;
-    for (int64_t lane = 0; lane < block.count; ++lane) {
-      split_row(q.at(block.b, block.h[lane], block.n[lane]), s.D, dim(), m.rows + lane * dim(), size, magnitude);
-    }
-    for (int part = 0; part < parts; ++part) {
-      BFloat* rows_ = m.rows + part * size;
-      std::memset(rows_ + block.count * dim(), 0, (kRows - block.count) * dim() * sizeof(BFloat));
-      this->transpose(rows_, m.qT + part * size);
-    }
-    return magnitude.fits();
-  }
-
   // The keys t0 ... t0 + count, all of one run.
   void meet_run(Memory& m, Block& block, int64_t t0, int64_t count) const {
     const int64_t lanes = block.vectors * kLanes, first = this->first_vector(block, t0) * kLanes;
@@ -206,8 +84,8 @@ class MatrixForward : public Attention<In, BFloat> {
     }
     Vec largest = all(kLowest);
     this->for_scores(block, m.scores, m.bias, vector, t0 + at, keys, [&](int64_t t, Vec x) {
-      store(column + t * kRows, x * kLog2e);
-      largest = larger(x * kLog2e, largest);
+      store(column + t * kRows, x);
+      largest = larger(x, largest);
     });
     if (any_greater(largest, max + kRoom)) {
       const Vec raised = larger(max, (Vec)_mm512_roundscale_ps((__m512)largest, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));

@@ -12,6 +12,7 @@
 #include <memory>
 
 #include "decode.h"
+#include "dot_forward.h"
 #include "matrix_forward.h"
 
 namespace mixhead {
@@ -169,10 +170,18 @@ template <>
 struct Units<BFloat> : MatrixUnits {};
 
 #if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+template <class In>
+using BFloatForward = MatrixForward<In>;
+#else
+template <class In>
+using BFloatForward = DotForward<In>;
+#endif
+
 // Consecutive blocks of a head. A thread packs the head's keys and values when it comes from another head.
 struct Piece {
   int64_t first, end;
-  bool on_matrix_units;
+  bool in_bf16;
 };
 
 // Whole heads where there are plenty; else a few blocks at a time, so that threads which share heads end together.
@@ -183,13 +192,13 @@ std::vector<Piece> cut_into_pieces(const std::vector<BlockOfRows>& blocks, int64
   for (int64_t first = 0, end; first < count; first = end) {
     for (end = first; end < count && blocks[end].bk == blocks[first].bk;) ++end;
     for (int64_t at = first; at < end; at += size) {
-      pieces.push_back({at, std::min(at + size, end), MatrixForward<In>::pays(end - first)});
+      pieces.push_back({at, std::min(at + size, end), BFloatForward<In>::pays(end - first)});
     }
   }
   return pieces;
 }
 
-// Memory for the blocks that matrix units do not take; they take all of bf16.
+// Memory for the blocks that bf16 operands cannot represent, which only float tensors have.
 template <class In, class Op>
 struct Spare {
   explicit Spare(const Attention<In, Op>&) {}
@@ -203,17 +212,17 @@ struct Spare<In, float> {
 };
 
 template <class In, class Op>
-void run_matrix_forward(Call<In, Op>& call, const View<In>& to) {
-  const MatrixForward<In> matrix(call.attention);
+void run_bf16_forward(Call<In, Op>& call, const View<In>& to) {
+  const BFloatForward<In> forward(call.attention);
   const std::vector<Piece> pieces = cut_into_pieces<In>(call.blocks, int64_t(call.rows.start.size()) - 1);
   share_work(int64_t(pieces.size()), [&](std::atomic<int64_t>& next) {
     const MatrixUnits units;
-    Arena arena(matrix.bytes());
-    auto memory = matrix.memory(arena);
+    Arena arena(forward.bytes());
+    auto memory = forward.memory(arena);
     [[maybe_unused]] Spare<In, Op> spare(call.attention);
     for (size_t i; (i = next.fetch_add(1)) < pieces.size();) {
       for (int64_t block = pieces[i].first; block < pieces[i].end; ++block) {
-        const bool done = pieces[i].on_matrix_units && matrix.forward(memory, call.blocks[block], to);
+        const bool done = pieces[i].in_bf16 && forward.forward(memory, call.blocks[block], to);
         if constexpr (std::is_same_v<Op, float>) {
           if (!done) call.attention.forward(spare.memory, call.blocks[block], to);
         }
@@ -237,10 +246,10 @@ void run_vector_forward(Call<In, Op>& call, const View<In>& to) {
 // With the bf16 dot product alone, three parts of a float take longer than the float.
 #if defined(__AMX_BF16__)
 template <class Op>
-constexpr bool on_matrix_units = true;
+constexpr bool in_bf16 = true;
 #else
 template <class Op>
-constexpr bool on_matrix_units = std::is_same_v<Op, BFloat>;
+constexpr bool in_bf16 = std::is_same_v<Op, BFloat>;
 #endif
 
 template <class In, class Op>
@@ -248,8 +257,8 @@ void run_forward(Call<In, Op>& call, const Tensor& out, const Tensor& stats) {
   const View<In> to = view<In>(out);
   call.attention.stats = stats.data_ptr<float>();
   clear_unselected(call.attention.s, call.selected, to);
-  if constexpr (on_matrix_units<Op>) {
-    run_matrix_forward(call, to);
+  if constexpr (in_bf16<Op>) {
+    run_bf16_forward(call, to);
   } else {
     run_vector_forward(call, to);
   }

@@ -79,13 +79,13 @@ inline void split_row(const float* from, int64_t count, int64_t dim, BFloat* to,
   }
 }
 
+#if defined(__AMX_BF16__)
 // C[32][32] (+)= A B over `depth` (a multiple of 32), summed over the parts, the small products first. Parts of A and of B
 // are `a_part` and `b_part` numbers apart, slices of A that are 32 deep `a.col`. A streams through the caches: each of its
 // tiles is used once or twice.
 template <int Parts>
 inline void product_of_parts(int64_t depth, Left<BFloat> a, int64_t a_part, const BFloat* b, int64_t b_part, int64_t ldb,
                              float* c, int64_t ldc, bool accumulate) {
-#if defined(__AMX_BF16__)
   const int64_t stride = ldc * 4, a_stride = a.row * 2, b_stride = ldb * 4;
   if (accumulate) {
     _tile_loadd(0, c, stride);
@@ -117,13 +117,8 @@ inline void product_of_parts(int64_t depth, Left<BFloat> a, int64_t a_part, cons
   _tile_stored(1, c + 16, stride);
   _tile_stored(2, c + 16 * ldc, stride);
   _tile_stored(3, c + 16 * ldc + 16, stride);
-#else
-  static_assert(Parts == 1);
-  for (int64_t k = 0; k < depth; k += 32) {
-    product(32, 32, 32, {a.data + k / 32 * a.col, a.row, 1}, b + k * ldb, ldb, c, ldc, accumulate || k > 0);
-  }
-#endif
 }
+#endif
 
 }  // namespace mixhead
 

@@ -80,7 +80,6 @@ struct Call {
   Selection selection;
   Tensor weight, gates;
   Projection<T> projection;
-  Lines<T> packed;
 
   Call(const Tensor& weight_HDC, const Tensor& choice, const Optional& gates_BNS)
       : selection(list_rows(weight_HDC.size(0), choice)),
@@ -91,19 +90,12 @@ struct Call {
     if (gates.defined()) projection.gates = gates.const_data_ptr<float>();
   }
 
-  void pack_weights(const Panels<T>& panels, int64_t by_k, int64_t by_n) {
-    packed.reserve(projection.H * panels.size());
-    const T* data = static_cast<const T*>(weight.data_ptr());
-    at::parallel_for(0, projection.H, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t h = begin; h < end; ++h) {
-        if (selection.count(h)) pack(panels, data + h * weight.stride(0), by_k, by_n, packed.data() + h * panels.size());
-      }
-    });
+  Weights<const T> weights_of_heads() const {
+    return {static_cast<const T*>(weight.data_ptr()), weight.stride(0), weight.stride(1), weight.stride(2)};
   }
 
   // Rows [B, N, C] to heads [B, S, N, D], into `to`.
   void to_heads(const Tensor& from, const Optional& bias, const Tensor& to, const Optional& other, float* gate_gradient) {
-    pack_weights(projection.panels_to(), weight.stride(2), weight.stride(1));
     const auto target = head_rows<T>(to);
     const auto compared = other ? head_rows<const T>(*other) : HeadRows<const T>{};
     const auto pieces = projection.pieces();
@@ -112,7 +104,7 @@ struct Call {
       [[maybe_unused]] Units<T> units;
       auto memory = std::make_unique<typename Projection<T>::MemoryTo>();
       for (int64_t i = begin; i < end; ++i) {
-        projection.to_heads(pieces[i], static_cast<const T*>(from.data_ptr()), packed.data(), bias_data, target,
+        projection.to_heads(pieces[i], static_cast<const T*>(from.data_ptr()), weights_of_heads(), bias_data, target,
                             other ? &compared : nullptr, gate_gradient, *memory);
       }
     });
@@ -120,7 +112,6 @@ struct Call {
 
   // Heads [B, S, N, D] to rows [B, N, C].
   Tensor from_heads(const Tensor& from, const Optional& bias, at::IntArrayRef sizes) {
-    pack_weights(projection.panels_from(), weight.stride(1), weight.stride(2));
     Tensor to = at::empty(sizes, from.options());
     const auto source = head_rows<const T>(from);
     const T* bias_data = bias ? static_cast<const T*>(bias->data_ptr()) : nullptr;
@@ -130,7 +121,7 @@ struct Call {
       [[maybe_unused]] Units<T> units;
       auto memory = std::make_unique<typename Projection<T>::MemoryFrom>();
       for (int64_t i = begin; i < end; ++i) {
-        projection.from_heads(i / columns * kRowsOfSum, i % columns * kColumns, source, packed.data(), bias_data,
+        projection.from_heads(i / columns * kRowsOfSum, i % columns * kColumns, source, weights_of_heads(), bias_data,
                               static_cast<T*>(to.data_ptr()), *memory);
       }
     });

@@ -134,14 +134,27 @@ inline Vec exp(Vec x) {
 #endif
 }
 
-#if defined(__AVX512F__)
-// 2^y: 0 below -126, NaN at NaN.
+// 2^y: 0 below -126 (so that no denormal slows the products down), NaN at NaN; exact where y is whole.
 inline Vec exp2(Vec y) {
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#if defined(__AVX512DQ__)
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // y - floor(y)
+  Vec p = all(0.000216129191f);  // minimax as above, on [0, 1]
+  p = p * f + 0.00124678453f;
+  p = p * f + 0.00967545167f;
+  p = p * f + 0.0554852806f;
+  p = p * f + 0.240229306f;
+  p = p * f + 0.693147044f;
+  p = p * f + 1.f;
   const __mmask16 keep = _mm512_cmp_ps_mask((__m512)y, (__m512)all(-126.f), _CMP_NLT_UQ);
-  return (Vec)_mm512_maskz_scalef_ps(keep, (__m512)exp2_of_fraction(y - n), (__m512)n);
-}
+  return (Vec)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)y);  // p 2^floor(y)
+#else
+  constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec bounded = y < all(-126.f) ? all(-126.f) : y;  // NaN stays
+  const Vec n = (bounded + kRounder) - kRounder;
+  const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  return y < all(-126.f) ? all(0.f) : exp2_of_fraction(bounded - n) * (Vec)exponent;
 #endif
+}
 
 // 2^y with a relative error of 1e-4, which a bf16 number cannot tell; 0 at -infinity, NaN at NaN.
 inline Vec coarse_exp2(Vec y) {
@@ -153,7 +166,7 @@ inline Vec coarse_exp2(Vec y) {
   p = p * f + 0.999925219f;
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)y);  // p 2^floor(y)
 #else
-  return exp(y * 0.693147181f);
+  return exp2(y);
 #endif
 }
 

@@ -38,6 +38,12 @@ struct Shape {
   int64_t visible(int64_t n) const { return causal ? std::clamp<int64_t>(n + 1 + T - N, 0, T) : T; }
 };
 
+constexpr float kLog2e = 1.44269504088896341f;
+
+// A number that a mask adds to scores, times log2(e). The lowest one stays finite: it hides a key only as long as another
+// key has a higher score.
+inline float bias_of(float x) { return x == -kInfinity ? x : std::max(x * kLog2e, kLowest); }
+
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Memory of one thread, aligned and given out piece by piece.
@@ -85,7 +91,7 @@ struct Problem {
   View<const In> q, k, v, gates;  // gates: [B, N, H], so `head` and `row` are those of that tensor
   Mask mask;
   const RowLists* rows;
-  float* stats;                   // [2][B][H][N]: the subtracted maximum, and 1 / sum (0 where nothing is visible)
+  float* stats;                   // [2][B][H][N]: the subtracted maximum times log2(e), and 1 / sum (0 where nothing is visible)
 };
 
 }  // namespace mixhead
