@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,16 +29,20 @@ SIZE = {"sample_size": 64, "in_channels": 3, "num_classes": 10}
 TOLERANCE = 1e-4
 
 
+EMOJI = {"hidden_size": 128, "depth": 4, "num_heads": 4}  # the small model of the recipe `emoji-moh-dit`
+
+
 def models(size: str) -> dict[str, MoHDiT]:
-    """The dense model first, then the published shares of heads, then half of the heads in every layer."""
-    half = MoHDiTConfig.named(f"dit-{size}").layers[0].num_heads // 2
-    configs = {
-        "dense": MoHDiTConfig.named(f"dit-{size}", **SIZE),
-        "90%": MoHDiTConfig.named(f"moh-dit-{size}-90", **SIZE),
-        "75%": MoHDiTConfig.named(f"moh-dit-{size}-75", **SIZE),
-        "50%": MoHDiTConfig.named(f"dit-{size}", **SIZE, shared_heads=half // 3, top_k=half - half // 3),
-    }
-    return {name: random_model(config) for name, config in configs.items()}
+    """The dense model first, then shares of its heads (for S and B the published ones), last half of every layer."""
+    if size == "emoji":
+        dense = MoHDiTConfig(**SIZE, **EMOJI)
+        shares = {"75%": replace(dense, shared_heads=2, top_k=1), "50%": replace(dense, shared_heads=1, top_k=1)}
+    else:
+        dense = MoHDiTConfig.named(f"dit-{size}", **SIZE)
+        half = dense.layers[0].num_heads // 2
+        published = {f"{share}%": MoHDiTConfig.named(f"moh-dit-{size}-{share}", **SIZE) for share in (90, 75)}
+        shares = {**published, "50%": replace(dense, shared_heads=half // 3, top_k=half - half // 3)}
+    return {name: random_model(config) for name, config in {"dense": dense, **shares}.items()}
 
 
 def random_model(config: MoHDiTConfig) -> MoHDiT:
@@ -107,17 +112,19 @@ def all_heads_with_gates(attention: DiTAttention, hidden: torch.Tensor) -> torch
     return attention.o_proj(heads.transpose(1, 2).flatten(2))
 
 
-def measure(calls: list[Callable[[], object]], args: argparse.Namespace) -> list[str]:
-    """Milliseconds of the first call, and how many times faster the others are."""
-    times = race(calls, args.rounds, seconds=0.1)
+def row(step: str, size: str, calls: dict[str, Callable[[], object]], args: argparse.Namespace) -> str:
+    """Milliseconds of the dense model, and how many times faster the others are, as a line of the table."""
+    times = dict(zip(calls, race(list(calls.values()), args.rounds, seconds=0.1), strict=True))
     clock = "cpu" if args.threads == 1 else "wall"
-    faster = [f"**{getattr(ratio(times[0], other), clock):.2f}**" for other in times[1:]]
-    return [f"{getattr(times[0], f'{clock}_ms'):.0f} ms", *faster]
+    cells = [f"{getattr(times['dense'], f'{clock}_ms'):.0f} ms"]
+    for share in ("90%", "75%", "50%"):
+        cells.append(f"{getattr(ratio(times['dense'], times[share]), clock):.2f}" if share in times else "")
+    return f"| {size}/2 | {step} | {' | '.join(cells)} |"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=["s", "b"], default=["s"])
+    parser.add_argument("--sizes", nargs="+", choices=["emoji", "s", "b"], default=["emoji", "s"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-training", action="store_true", help="time sampling only")
@@ -135,11 +142,9 @@ def main() -> int:
             if wrong:
                 print(f"WRONG, so not timed: {wrong}")
                 return 1
-            sampling = [partial(sample, model) for model in compared.values()]
-            training = [partial(train, model) for model in compared.values()]
-            print(f"| DiT-{size.upper()}/2 | sampling | {' | '.join(measure(sampling, args))} |", flush=True)
-            if not args.no_training:
-                print(f"| DiT-{size.upper()}/2 | training | {' | '.join(measure(training, args))} |", flush=True)
+            for step in (sample,) if args.no_training else (sample, train):
+                calls = {name: partial(step, model) for name, model in compared.items()}
+                print(row(step.__name__, size, calls, args), flush=True)
     return 0
 
 
