@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,8 @@ def train(
     read = read_recipe(recipe, overrides or ())
     folder = Path("runs") / read.name if run is None else run
     result = train_recipe(read, folder, resume=resume)
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes that torchrun started: the first one reports
     table = Table("measure", "value", box=None)
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
