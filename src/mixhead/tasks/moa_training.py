@@ -24,6 +24,8 @@ from mixhead.tasks.training import HEALTH, RunMixin, training_arguments
 
 BETAS, EPSILON = (0.9, 0.98), 1e-9  # of Adam, as published
 FIRST_LEARNING_RATE = 1e-7
+# Not reentrant: that form runs the routers without gradients, and their losses would be lost.
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +104,7 @@ class MoATrainer(RunMixin, Seq2SeqTrainer):
             save_steps=config.save_every,
             seed=config.seed,
             average_tokens_across_devices=True,
-            gradient_checkpointing=config.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},  # the other form would lose the routers' losses
+            **CHECKPOINTING if config.gradient_checkpointing else {},
         )
         batches.count = config.steps * config.gradient_accumulation * arguments.world_size
         self.units_per_step = round(tokens_per_batch * config.gradient_accumulation * arguments.world_size)
