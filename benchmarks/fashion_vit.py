@@ -96,15 +96,19 @@ def verdicts(by_arm: dict[str, list[dict]]) -> str:
     spread = statistics.stdev(dense)
     halved = statistics.fmean(dense) - statistics.fmean(half)
     return (
-        f"\n- 75% of the heads lose {loss:.2f} points against dense; asked for: at most one standard deviation of "
+        f"\n- 75% of the heads: {-loss:+.2f} points against dense; asked for: no worse than one standard deviation of "
         f"dense, {spread:.2f}: {'reached' if loss <= spread else 'missed'}.\n"
-        f"- 50% of the heads lose {halved:.2f} points; asked for: at most 0.5: "
+        f"- 50% of the heads: {-halved:+.2f} points; asked for: no worse than 0.5: "
         f"{'reached' if halved <= 0.5 else 'missed'}.\n"
     )
 
 
+def rounded(number: str) -> float:
+    return round(float(number), 4)
+
+
 def write_results(runs: Path) -> None:
-    results = [json.loads(path.read_text()) for path in sorted(runs.glob("*.json"))]
+    results = [json.loads(path.read_text(), parse_float=rounded) for path in sorted(runs.glob("*.json"))]
     if not results:
         return
     recipe = read_recipe("moh-vit-fashion").values

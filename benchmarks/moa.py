@@ -25,7 +25,7 @@ from transformers import JetMoeConfig
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeAttention, JetMoeRotaryEmbedding
 
 from mixhead.bench.timing import Call, race, ratio, threads
-from mixhead.models.jetmoe import REPLACED
+from mixhead.models.jetmoe import replace
 from mixhead.nn import MixtureOfAttentionHeads
 
 TOLERANCE = 2e-5  # of the largest number of each output and gradient
@@ -78,8 +78,8 @@ def jetmoe(tokens: int) -> Contest:
     for name, parameter in theirs.named_parameters():  # Both hold the very same weights.
         owner, _, last = name.rpartition(".")
         setattr(ours.get_submodule(owner), last, parameter)
-    for module in ours.modules():
-        module.__class__ = REPLACED.get(type(module), type(module))
+    for module in [*ours.modules()]:
+        replace(module)
     x = torch.randn(1, tokens, config.hidden_size, requires_grad=True)
     positions = JetMoeRotaryEmbedding(config)(x, torch.arange(tokens).unsqueeze(0))
     size, heads, head_dim = config.hidden_size, config.num_attention_heads, config.kv_channels

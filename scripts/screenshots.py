@@ -1,6 +1,6 @@
 """Takes the screenshots of docs/inspect.md from pages that `mixhead inspect` wrote, with a real Chromium.
 
-    python scripts/screenshots.py TEXTS.html PICTURES.html docs/images [ADDRESS of a running `mixhead play`]
+python scripts/screenshots.py TEXTS.html PICTURES.html docs/images [ADDRESS of a running `mixhead play`]
 """
 
 import io
@@ -28,7 +28,9 @@ def main(texts, pictures, out, address=None):
                 opened.evaluate(f"document.documentElement.style.scrollBehavior = 'auto'; {top}.scrollIntoView()")
             opened.wait_for_timeout(400)
             picture = Image.open(io.BytesIO(opened.screenshot())).convert("RGB")
-            picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(Path(out) / name, optimize=True)  # under 200 kB
+            picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+                Path(out) / name, optimize=True
+            )  # under 200 kB
 
         light = page(Path(texts).resolve().as_uri(), 1200, 1150, "light")
         light.locator("#flow .t").nth(25).hover()

@@ -5,6 +5,7 @@ import torch
 
 from mixhead.errors import MixheadError
 from mixhead.ops import SLOT_PROJECTIONS, cpu, explain_slot_projection, project_from_slots, project_to_slots
+from mixhead.ops.cpu import projections as kernel
 
 BUILT, WHY_NOT = cpu.available()
 needs_kernel = pytest.mark.skipif(not BUILT, reason=WHY_NOT)
@@ -151,8 +152,15 @@ def test_no_tokens():
 
 
 def test_auto_says_why():
-    case = make(slots=5)
-    assert explain_slot_projection(case["hidden"], case["weight"], case["expert"]).impl == "dense"
+    def choice(**sizes):
+        case = make(**sizes)
+        return explain_slot_projection(case["hidden"], case["weight"], case["expert"])
+
+    assert choice(slots=5).impl == "dense"
+    assert "every expert" in choice(slots=5).reason
+    assert choice(dtype=torch.float64).impl == choice(dtype=torch.bfloat16).impl == "gathered"
+    assert choice().impl == ("cpu" if BUILT and cpu.best_level() in kernel.LEVELS else "gathered")
+    assert "2 of 5 experts" in choice().reason
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,11 @@ def set_layer_heads(model: PreTrainedModel, site: AttentionSite, index: int, hea
 
 
 def revert(model: Any) -> Any:
-    """Takes the routers off a converted model, in place: the original class, configuration and attention again."""
+    """Takes the routers off a converted model, in place: the original class, configuration and attention again.
+
+    The weights are those that the model has now: tuning changes them, and so does calibration where it fits output
+    projections.
+    """
     if is_in_slots(model):
         take_out_of_slots(model)
         return model

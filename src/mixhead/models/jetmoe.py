@@ -1,8 +1,8 @@
 """JetMoE with its experts in slots: the same mathematics as the model of transformers, the same parameters.
 
 The classes here take the place of those of transformers in a finished model, module by module: `module.__class__` is
-all that changes. What transformers does by sorting tokens and reading the sizes of the experts on the host, for which
-`torch.compile` stops, the projections into slots do on the device.
+all that changes. Where transformers sorts the tokens and reads the sizes of the experts on the host, the projections
+into slots have static shapes.
 
 Shape legend: B batch, N tokens, T keys, C hidden size, E experts, S slots (chosen experts of a token), K key-value
 heads, D head dim, X = K D, I hidden size of an expert of the feed-forward layer.
@@ -22,11 +22,10 @@ from transformers.models.jetmoe.modeling_jetmoe import (
     JetMoeTopKGating,
 )
 
-from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.hugging_face.attention import real_tokens_BN
 from mixhead.nn.moa import rotate, slot_attention
 from mixhead.ops import project_from_slots, project_to_slots
-from mixhead.routing import ExpertRouting, LossWeights
+from mixhead.routing import ExpertRouting, LossWeights, Router
 
 
 class SlotGating(JetMoeTopKGating):
@@ -40,15 +39,21 @@ class SlotGating(JetMoeTopKGating):
         return expert_BNS, gates_BNS, None, None, logits_BNE.flatten(0, 1)
 
 
+class ChosenExperts(Router):
+    """Tells `record_routing` what the router of JetMoE chose: without parameters, and unknown to the computation."""
+
+    def forward(
+        self, expert_BNS: Tensor, gates_BNS: Tensor, logits_BNE: Tensor, token_mask_BN: Tensor | None
+    ) -> ExpertRouting:
+        """The choice as a value, in which padding chooses nothing."""
+        slots = (expert_BNS, gates_BNS, logits_BNE, logits_BNE.softmax(-1))
+        return ExpertRouting.from_slots(*slots, LossWeights(), token_mask_BN)
+
+
 class SlotAttention(JetMoeAttention):
     """Attention of JetMoE: every expert has K query heads and an output projection, all share K key-value heads."""
 
-    moh_name: str
-
-    @property
-    def moh_router(self) -> nn.Module:
-        """The router, by the name under which `record_routing` looks for modules that route."""
-        return self.experts.router
+    chosen: ChosenExperts
 
     def forward(
         self,
@@ -56,7 +61,6 @@ class SlotAttention(JetMoeAttention):
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cache: Cache | None = None,
-        routing_trace: RoutingTrace | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None, Tensor]:
         """As in transformers: (output, attention weights, which are never made, router logits)."""
@@ -70,11 +74,8 @@ class SlotAttention(JetMoeAttention):
         v_BKTD = v_BNX.unflatten(-1, by_head).transpose(1, 2)
         if cache is not None:
             k_BKTD, v_BKTD = cache.update(k_BKTD, v_BKTD, self.layer_idx, kwargs=kwargs)
-        if routing_trace is not None:
-            logits_BNE = logits_RE.unflatten(0, hidden_states.shape[:2])
-            mask_BN = real_tokens_BN(attention_mask, hidden_states.shape[1], k_BKTD.shape[2])
-            slots = (expert_BNS, gates_BNS, logits_BNE, logits_BNE.softmax(-1))
-            routing_trace.record(self.moh_name, ExpertRouting.from_slots(*slots, LossWeights(), mask_BN))
+        mask_BN = real_tokens_BN(attention_mask, hidden_states.shape[1], k_BKTD.shape[2])
+        self.chosen(expert_BNS, gates_BNS, logits_RE.unflatten(0, hidden_states.shape[:2]), mask_BN)
 
         tokens = hidden_states.shape[1]
         causal = attention_mask is None and tokens > 1
@@ -120,22 +121,27 @@ ABILITIES = ("supports_gradient_checkpointing", "_can_compile_fullgraph")
 
 def put_in_slots(model: JetMoePreTrainedModel) -> None:
     """Gives every module of the model its class of this file; the parameters and the model's own class stay."""
-    for name, module in model.named_modules():
-        if type(module) in REPLACED:
-            module.__class__ = REPLACED[type(module)]
-        if isinstance(module, SlotAttention):
-            module.moh_name = name
+    for module in [*model.modules()]:
+        replace(module)
         if isinstance(module, JetMoePreTrainedModel):
             for ability in ABILITIES:
                 setattr(module, ability, True)
 
 
+def replace(module: nn.Module) -> None:
+    """Gives one module its class of this file, if it has one."""
+    if type(module) in REPLACED:
+        module.__class__ = REPLACED[type(module)]
+    if isinstance(module, SlotAttention):
+        module.chosen = ChosenExperts()
+
+
 def take_out_of_slots(model: JetMoePreTrainedModel) -> None:
     """Takes back what `put_in_slots` did."""
     originals = {ours: original for original, ours in REPLACED.items()}
-    for module in model.modules():
+    for module in [*model.modules()]:
         if isinstance(module, SlotAttention):
-            del module.moh_name
+            del module.chosen
         if type(module) in originals:
             module.__class__ = originals[type(module)]
         if isinstance(module, JetMoePreTrainedModel):

@@ -5,8 +5,9 @@ Shape legend: T tokens, H heads, X heads of all layers of an axis.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from mixhead.errors import MixheadError
 from mixhead.report.statistics import (
     Bools,
     Floats,
+    Ints,
     Load,
     agreement,
     blocks_of,
@@ -138,48 +140,85 @@ def read_contents(recording: Recording, most_tokens: int = 10_000) -> Contents:
     """
     if not recording.layers:
         raise MixheadError("Nothing was recorded: the model routes in no layer. Convert it first (mixhead convert).")
-    loads: dict[str, Load] = {}
-    words: dict[str, list[list[tuple[str, float]]]] = {}
-    alike: dict[tuple[str, str], float] = {}
-    together: dict[str, Floats] = {}
-    groups: dict[tuple[str, str], dict[str, Load]] = {}
-    axes, notes, vary = [], [], False
-    left = list(recording.layers)
+    parts, left = [], list(recording.layers)
     while left:
         layers = recording.same_tokens(left[0])
         left = [name for name in left if name not in layers]
-        tokens = recording.tokens(layers[0])
-        says = "token" in tokens.labels
-        shown = shown_tokens(tokens, most_tokens if says else PATCHES * most_tokens)
-        if len(shown) < len(tokens):
-            notes.append(f"{len(shown):,} of {len(tokens):,} tokens are shown; all of them count in the figures.")
-        axis_texts = texts_of(recording, tokens, np.arange(len(tokens))) if says else []
-        labels = labels_of(recording, tokens, axis_texts)
-        block_T, codes = blocks_of(tokens), []
-        earlier: list[tuple[str, Bools]] = []
-        for layer in layers:
-            codes_TH = recording.codes(layer)
-            selected_TH = codes_TH > 0
-            loads[layer] = load_of(selected_TH, block_T)
-            for label, (value_T, name_of) in labels.items():
-                for value, load in load_by(selected_TH, value_T, block_T).items():
-                    groups.setdefault((label, name_of(value)), {})[layer] = load
-            if axis_texts:
-                plain = [text.strip().lower() or "␣" for text in axis_texts]
-                scored = expert_words(torch.from_numpy(selected_TH), plain, top=8, min_count=3)
-                words[layer] = [[(s.word, s.pmi) for s in of if s.pmi > LEAST_BITS] for of in scored]
-            sample_TH = selected_TH[:: max(1, len(selected_TH) // SAMPLE)]
-            together[layer] = co_activation(sample_TH)
-            for other, sample_TI in earlier:
-                alike[other, layer] = agreement(sample_TI, sample_TH)
-            earlier.append((layer, sample_TH))
-            codes.append(codes_TH[shown])
-            vary = vary or bool(((codes_TH > 1) & (codes_TH < 255)).any())
-        kind = "text" if axis_texts else "image"
-        texts = [axis_texts[i] for i in shown] if axis_texts else []
-        axes.append(Axis(layers, kind, texts, sequences_of(recording, tokens, shown, kind), np.concatenate(codes, 1)))
-    listed = [Group(label, value, of) for (label, value), of in groups.items()]
-    return Contents(recording, loads, axes, listed, words, alike, together, vary, list(dict.fromkeys(notes)))
+        parts.append(read_axis(recording, layers, most_tokens))
+    return joined(parts)
+
+
+def joined(parts: Sequence[Contents]) -> Contents:
+    """The contents of several axes of one recording as one."""
+    groups: dict[tuple[str, str], dict[str, Load]] = {}
+    for part in parts:
+        for group in part.groups:
+            groups.setdefault((group.label, group.value), {}).update(group.loads)
+    return Contents(
+        recording=parts[0].recording,
+        loads={name: load for part in parts for name, load in part.loads.items()},
+        axes=[axis for part in parts for axis in part.axes],
+        groups=[Group(label, value, loads) for (label, value), loads in groups.items()],
+        words={name: words for part in parts for name, words in part.words.items()},
+        agreement={pair: value for part in parts for pair, value in part.agreement.items()},
+        together={name: values for part in parts for name, values in part.together.items()},
+        gates_vary=any(part.gates_vary for part in parts),
+        notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
+    )
+
+
+def read_axis(recording: Recording, layers: list[str], most_tokens: int) -> Contents:
+    """The contents of layers that routed the same tokens."""
+    tokens = recording.tokens(layers[0])
+    says = "token" in tokens.labels
+    kind = "text" if says else "image"
+    texts = texts_of(recording, tokens) if says else []
+    labels = labels_of(recording, tokens, texts)
+    shown = shown_tokens(tokens, most_tokens if says else PATCHES * most_tokens)
+    codes = {layer: recording.codes(layer) for layer in layers}
+    selected = {layer: codes_TH > 0 for layer, codes_TH in codes.items()}
+    every = max(1, len(tokens) // SAMPLE)
+    block_T = blocks_of(tokens)
+    axis = Axis(
+        layers=layers,
+        kind=kind,
+        texts=[texts[row] for row in shown] if says else [],
+        sequences=sequences_of(recording, tokens, shown, kind),
+        codes_TX=np.concatenate([codes_TH[shown] for codes_TH in codes.values()], 1),
+    )
+    note = f"{len(shown):,} of {len(tokens):,} tokens are shown; all of them count in the figures."
+    return Contents(
+        recording=recording,
+        loads={layer: load_of(used_TH, block_T) for layer, used_TH in selected.items()},
+        axes=[axis],
+        groups=[group for label, of in labels.items() for group in groups_of(label, *of, selected, block_T)],
+        words={layer: words_of(texts, used_TH) for layer, used_TH in selected.items()} if says else {},
+        agreement={
+            (one, other): agreement(selected[one][::every], selected[other][::every])
+            for one, other in itertools.combinations(layers, 2)
+        },
+        together={layer: co_activation(used_TH[::every]) for layer, used_TH in selected.items()},
+        gates_vary=any(bool((codes_TH > 1).any()) for codes_TH in codes.values()),
+        notes=[note] if len(shown) < len(tokens) else [],
+    )
+
+
+def groups_of(
+    label: str, value_T: NDArray[Any], name_of: Callable[[Any], str], selected: Mapping[str, Bools], block_T: Ints
+) -> list[Group]:
+    """The tokens of each value of a label, with the loads of all layers."""
+    loads: dict[Any, dict[str, Load]] = {}
+    for layer, used_TH in selected.items():
+        for value, load in load_by(used_TH, value_T, block_T).items():
+            loads.setdefault(value, {})[layer] = load
+    return [Group(label, name_of(value), of) for value, of in loads.items()]
+
+
+def words_of(texts: Sequence[str], selected_TH: Bools) -> list[list[tuple[str, float]]]:
+    """For each head the words that speak for it, with their PMI in bits, best first."""
+    words = [text.strip().lower() or "␣" for text in texts]
+    scored = expert_words(torch.from_numpy(selected_TH), words, top=8, min_count=3)
+    return [[(score.word, score.pmi) for score in of if score.pmi > LEAST_BITS] for of in scored]
 
 
 def shown_tokens(tokens: Tokens, most: int) -> NDArray[np.intp]:
@@ -188,19 +227,18 @@ def shown_tokens(tokens: Tokens, most: int) -> NDArray[np.intp]:
     return order[:most]
 
 
-def texts_of(recording: Recording, tokens: Tokens, rows: NDArray[np.intp]) -> list[str]:
-    """What each token says, characters whole; in the order of `rows`."""
+def texts_of(recording: Recording, tokens: Tokens) -> list[str]:
+    """What each token says, characters whole."""
     names = recording.names.get("token", {})
-    ids = tokens.labels["token"]
-    order = rows[np.lexsort((tokens.position[rows], tokens.sequence[rows]))]
+    order = np.lexsort((tokens.position, tokens.sequence))
     found = [""] * len(tokens)
     starts = np.flatnonzero(np.diff(tokens.sequence[order], prepend=-1))
     for start, end in zip(starts, [*starts[1:], len(order)], strict=False):
-        mine = order[start:end]
-        pieces = [names.get(int(token), f"⟨{token}⟩" if token >= 0 else "⟨?⟩") for token in ids[mine]]
-        for row, text in zip(mine, readable(pieces), strict=True):
+        rows = order[start:end]
+        pieces = [names.get(int(number), f"⟨{number}⟩") for number in tokens.labels["token"][rows]]
+        for row, text in zip(rows, readable(pieces), strict=True):
             found[row] = text
-    return [found[row] for row in rows]
+    return found
 
 
 def labels_of(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 
 from mixhead.errors import MixheadError
 from mixhead.report.comparison import pyplot
@@ -89,7 +90,12 @@ def plot_loads(contents: Contents, file: Path) -> None:
 
 
 def plot_health(log: Path) -> Path | None:
-    """The picture of a training run beside its log; None where there is nothing to draw or matplotlib is missing."""
+    """The picture of a training run beside its log; None where there is nothing to draw or matplotlib is missing.
+
+    Of several processes the main one draws.
+    """
+    if not PartialState().is_main_process:
+        return None
     picture = log.with_name("routing.png")
     try:
         return picture if health_plot(log, picture) else None

@@ -67,8 +67,8 @@ def measured(folder: Path, images: LabelledImages, bf16: bool) -> dict[str, floa
     result = evaluate_images(model, processor, images, 256, autocast=torch.bfloat16 if bf16 else None)
     return {
         "test images": result.images,
-        "top-1 (%)": 100 * result.top1_accuracy,
-        "top-5 (%)": 100 * result.top5_accuracy,
+        "top-1 (%)": round(100 * result.top1_accuracy, 2),
+        "top-5 (%)": round(100 * result.top5_accuracy, 2),
         "heads used (%)": round(100 * result.active_share, 2),
     }
 

@@ -229,7 +229,7 @@ def fill_mask(
         MixheadError: where the text has no mask.
     """
     mask = tokenizer.mask_token
-    ids_1N = torch.tensor([mask_spaces(tokenizer, text)])
+    ids_1N = torch.tensor([ids_with_masks(tokenizer, text)])
     places = (ids_1N[0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
     if not places:
         raise MixheadError(f"The text has no gap: write {mask} where a word shall be found.")
@@ -241,7 +241,7 @@ def fill_mask(
     ]
 
 
-def mask_spaces(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[int]:
+def ids_with_masks(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[int]:
     """Token ids of a text; the space before a mask is part of the word that is sought, so it is left out."""
     mask = tokenizer.mask_token
     parts = [part.strip() for part in text.split(mask)]

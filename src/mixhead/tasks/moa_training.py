@@ -22,8 +22,10 @@ from mixhead.tasks.checkpoints import checkpoints, write_folder
 from mixhead.tasks.token_batches import RunBatches
 from mixhead.tasks.training import HEALTH, RunMixin, training_arguments
 
-ADAM = {"betas": (0.9, 0.98), "eps": 1e-9}  # as published
+BETAS, EPSILON = (0.9, 0.98), 1e-9  # of Adam, as published
 FIRST_LEARNING_RATE = 1e-7
+# Not reentrant: that form runs the routers without gradients, and their losses would be lost.
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +104,7 @@ class MoATrainer(RunMixin, Seq2SeqTrainer):
             save_steps=config.save_every,
             seed=config.seed,
             average_tokens_across_devices=True,
-            gradient_checkpointing=config.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},  # the other form would lose the routers' losses
+            **CHECKPOINTING if config.gradient_checkpointing else {},
         )
         batches.count = config.steps * config.gradient_accumulation * arguments.world_size
         self.units_per_step = round(tokens_per_batch * config.gradient_accumulation * arguments.world_size)
@@ -136,7 +137,8 @@ class MoATrainer(RunMixin, Seq2SeqTrainer):
         if self.optimizer is None:
             parameters = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
             fused = self.args.device.type in ("cpu", "cuda")
-            self.optimizer = torch.optim.Adam(parameters, lr=self.training.learning_rate, fused=fused, **ADAM)
+            rate = self.training.learning_rate
+            self.optimizer = torch.optim.Adam(parameters, lr=rate, betas=BETAS, eps=EPSILON, fused=fused)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
@@ -193,7 +195,7 @@ def model_config(
         MixheadError: where a key is unknown.
     """
     settings = dict(settings)
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    known = {field.name for field in fields(cls)}
     unknown = [name for name in settings if name not in known | {"name"}]
     if unknown:
         raise MixheadError(f"The recipe has an unknown key model.{unknown[0]}: {cls.__name__} has no such field.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mixhead.errors import MixheadError
 from mixhead.tasks.aligned_pages import PARTS, Part, SentencePair, handbook_pairs, help_pairs
@@ -44,7 +44,7 @@ def read_pairs(source: str, part: Part = "train", languages: tuple[str, str] = (
     """
     name, colon, said = source.rpartition(":")
     if colon and said in PARTS:
-        source, part = name, cast(Part, said)
+        source, part = name, said
     pairs = [pair for pair in _read(source, part, languages) if pair.source.strip() and pair.target.strip()]
     if not pairs:
         raise MixheadError(f"{source} ({part}) holds no sentence pair.")

@@ -138,7 +138,7 @@ def tested(
         f"{name}: sacreBLEU": scores.bleu,
         f"{name}: chrF": scores.chrf,
         f"{name}: compound-split BLEU": scores.compound_split_bleu,
-        f"{name}: CPU seconds": round(seconds, 1),
+        f"{name}: CPU seconds": round(seconds, 3),
         "sacreBLEU signature": scores.bleu_signature,
         "chrF signature": scores.chrf_signature,
     }

@@ -108,11 +108,12 @@ class DenseAttention(Attention):
         k_BHTD, v_BHTD = project() if cache is None else cache.keys_values(project)
         q_BHND = self._split_heads(self.q_proj(hidden_BNC))
         stepwise = causal and q_BHND.shape[2] > 1
+        mask: Tensor | None = None
         if stepwise and (key_mask_BT is not None or q_BHND.shape[2] != k_BHTD.shape[2]):
             mask = causal_mask(q_BHND.shape[2], k_BHTD.shape[2], key_mask_BT, q_BHND.device)
             stepwise = False
-        else:
-            mask = None if key_mask_BT is None else key_mask_BT[:, None, None, :]
+        elif key_mask_BT is not None:
+            mask = key_mask_BT[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
         out_BHND = F.scaled_dot_product_attention(
             q_BHND, k_BHTD, v_BHTD, attn_mask=mask, dropout_p=dropout, is_causal=stepwise

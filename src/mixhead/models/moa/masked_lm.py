@@ -76,7 +76,7 @@ class MoAForMaskedLM(MoAPreTrainedModel):
         """The table of embeddings."""
         return self.model.embeddings.tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replaces the table of embeddings."""
         self.model.embeddings.tokens = value
 
@@ -84,7 +84,7 @@ class MoAForMaskedLM(MoAPreTrainedModel):
         """The layer that shares its weights."""
         return self.lm_head.decoder
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replaces the output layer."""
         self.lm_head.decoder = value
 

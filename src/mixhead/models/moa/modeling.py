@@ -20,6 +20,8 @@ from mixhead.models.moa.layers import Embeddings, EncoderLayer
 from mixhead.nn import MixtureOfAttentionHeads
 from mixhead.routing import ExpertRouting
 
+IGNORED = -100  # what labels hold where there is nothing to predict
+
 
 @dataclass
 class MoAOutput(ModelOutput):
@@ -62,8 +64,9 @@ class MoAPreTrainedModel(PreTrainedModel):
             for experts_EXX in (module.q_experts, module.o_experts):
                 bound = (6.0 / sum(experts_EXX.shape[1:])) ** 0.5  # Xavier, of each expert
                 init.uniform_(experts_EXX, -bound, bound)
-            for proj in (module.k_proj, module.v_proj):
-                init.xavier_uniform_(proj.weight, gain=2**-0.5)
+            if not getattr(module.kv_proj.weight, "_is_hf_initialized", False):
+                for proj_XC in module.kv_proj.weight.chunk(2):  # a view has no such mark
+                    init.xavier_uniform_(proj_XC, gain=2**-0.5)
             for parameter in module.router.parameters():
                 init.zeros_(parameter)
 
@@ -143,6 +146,3 @@ def check_ids(name: str, ids_BN: Tensor, vocab_size: int) -> None:
                 f"{name} holds the token {largest}, but the model knows {vocab_size} tokens: the tokenizer belongs to "
                 "another model."
             )
-
-
-IGNORED = -100  # what labels hold where there is nothing to predict

@@ -128,7 +128,7 @@ class MoATransformer(MoAPreTrainedModel):
         """The one table of embeddings."""
         return self.shared
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replaces the table of encoder and decoder."""
         self.shared = self.encoder.embeddings.tokens = self.decoder.embeddings.tokens = value
 
@@ -199,6 +199,7 @@ class MoATransformerForConditionalGeneration(MoAPreTrainedModel, GenerationMixin
             encoder_outputs = self.model.encoder(input_ids, attention_mask, output_hidden_states=keep_states)
         elif not isinstance(encoder_outputs, MoAOutput):
             encoder_outputs = MoAOutput(encoder_outputs[0])
+        assert isinstance(encoder_outputs, MoAOutput)
         encoded_BTC = encoder_outputs.last_hidden_state
         assert encoded_BTC is not None
         query_mask_BN = None

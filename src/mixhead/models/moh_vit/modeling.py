@@ -75,6 +75,7 @@ class ConvolutionalGLU(nn.Module):
 
     def forward(self, hidden_BNC: Tensor, size: Size) -> Tensor:
         hidden_BNK = F.linear(hidden_BNC, self.fc1.weight)
+        assert self.dwconv.bias is not None
         gated_BNM = convolutional_glu(
             hidden_BNK, self.fc1.bias, self.dwconv.weight.squeeze(1), self.dwconv.bias, size=size
         )

@@ -84,11 +84,12 @@ function drawLoads() {
   const cellOf = (layer, head) => {
     const { load, band, shared } = D.layers[layer], always = shared.includes(head);
     const between = band[head][0] === null ? "" : `, 95% band ${percent(band[head][0])} to ${percent(band[head][1])}`;
+    const text = String(Math.round(100 * load[head]));
     return {
-      text: String(Math.round(100 * load[head])),
+      text,
       colour: mix(ramp("low", "middle", "high"), load[head]),
       className: always ? "shared" : "",
-      label: `${layerName(layer)}, head ${head}: ${percent(load[head])} of the tokens${always ? ", shared by all" : between}`,
+      label: `${layerName(layer)}, head ${head}: ${text}% of the tokens${always ? ", shared by all" : between}`,
     };
   };
   const even = D.layers.map((layer) => layer.entropy.toFixed(2).replace(/^0/, ""));

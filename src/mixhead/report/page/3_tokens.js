@@ -19,6 +19,7 @@ function patternOf(layer, used) {
 }
 
 function showPiece(element, text) {
+  if (!text.trim()) element.setAttribute("aria-label", text === "" ? "part of the character before" : /\n/.test(text) ? "line break" : "space");
   const mark = { "": "·", "\n": "↵\n", " ": "␣", "\t": "⇥" }[text];
   if (mark !== undefined) element.append(make("span", { className: "mark", textContent: mark }));
   else element.textContent = text;

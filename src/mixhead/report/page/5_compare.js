@@ -50,11 +50,12 @@ function drawCompare() {
     const d = found.get(`${layer}/${head}`);
     if (!d) return { text: "", colour: ramp("same")[0], label: "not in both" };
     const points = Math.round(100 * d.by);
+    const text = `${points > 0 ? "+" : points < 0 ? "−" : ""}${Math.abs(points)}`;
     return {
-      text: `${points > 0 ? "+" : points < 0 ? "−" : ""}${Math.abs(points)}`,
+      text,
       colour: mix(ramp("less", "same", "more"), 0.5 + d.by / widest / 2),
       className: d.sure ? "sure" : "",
-      label: `${layerName(layer)}, head ${head}: ${points} points more in the first${d.sure ? ", significant" : ""}`,
+      label: `${layerName(layer)}, head ${head}: ${text} points, first minus second${d.sure ? ", significant" : ""}`,
     };
   };
   const paint = drawMap(byId("difference"), "Load in the first minus load in the second", cellOf);
