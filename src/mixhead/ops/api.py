@@ -100,7 +100,7 @@ def head_attention(
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q_BHND.dtype)
     if impl == "auto":
-        impl = explain(q_BHND, k_BKTD, routing, causal=causal, attn_mask=attn_mask).impl
+        impl = choose(q_BHND, k_BKTD, routing, causal, attn_mask)
     elif impl not in IMPLEMENTATIONS:
         raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(IMPLEMENTATIONS)}.")
     elif q_BHND.numel() == 0 or k_BKTD.numel() == 0:
@@ -140,6 +140,27 @@ def refusal(
     return None
 
 
+def choose(q_BHND: Tensor, k_BKTD: Tensor, routing: Routing, causal: bool, attn_mask: Tensor | None) -> str:
+    """The implementation that `explain` names, without its sentence, which takes as long as a short attention."""
+    if q_BHND.device.type == "cpu" and q_BHND.numel() and k_BKTD.numel():
+        known = crossover_known(q_BHND, k_BKTD, routing, causal)
+        if kernel_runs(q_BHND, k_BKTD, attn_mask, known):
+            return "cpu"
+    return explain(q_BHND, k_BKTD, routing, causal=causal, attn_mask=attn_mask).impl
+
+
+def crossover_known(q_BHND: Tensor, k_BKTD: Tensor, routing: Routing, causal: bool) -> bool | None:
+    """Whether the C++ kernel was measured to be faster on this machine; None where that is not known."""
+    if torch.compiler.is_compiling():
+        return None
+    return crossover.measured(q_BHND, k_BKTD, routing.selected_BNH, causal)
+
+
+def kernel_runs(q_BHND: Tensor, k_BKTD: Tensor, attn_mask: Tensor | None, known: bool | None) -> bool:
+    """Whether the C++ kernel pays and can run: asked in this order, so that it is only built where it pays."""
+    return (cpu.pays(q_BHND, k_BKTD) if known is None else known) and cpu.refusal(q_BHND, attn_mask) is None
+
+
 def explain(
     q_BHND: Tensor, k_BKTD: Tensor, routing: Routing, *, causal: bool = False, attn_mask: Tensor | None = None
 ) -> Choice:
@@ -148,15 +169,13 @@ def explain(
         return Choice("reference", "there is nothing to compute: there are no queries or no keys")
     if q_BHND.device.type != "cpu":
         return packed(q_BHND, k_BKTD, routing, attn_mask) or explain_device(q_BHND, attn_mask)
-    compiling = torch.compiler.is_compiling()
-    known = None if compiling else crossover.measured(q_BHND, k_BKTD, routing.selected_BNH, causal)
+    known = crossover_known(q_BHND, k_BKTD, routing, causal)
     basis = "default" if known is None else "measured on this machine"
-    # Asked in this order, so that a kernel is only built where it pays.
-    if (cpu.pays(q_BHND, k_BKTD) if known is None else known) and cpu.refusal(q_BHND, attn_mask) is None:
+    if kernel_runs(q_BHND, k_BKTD, attn_mask, known):
         return Choice("cpu", f"at this size the C++ kernel is faster than the stock one ({basis})")
     if (choice := packed(q_BHND, k_BKTD, routing, attn_mask)) is not None:
         return choice
-    if compiling:
+    if torch.compiler.is_compiling():
         return Choice("dense", "torch.compile needs static shapes, and the stock kernel has them")
     if causal or attn_mask is not None:
         return Choice("dense", "under a mask the stock kernel on all heads is faster than gathered queries")
@@ -196,27 +215,28 @@ def explain_device(q_BHND: Tensor, attn_mask: Tensor | None) -> Choice:
 
 def check_arguments(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None) -> None:
     """Raises a `MixheadError` that names the argument, the expected shape and the one received."""
-    for name, tensor in (("q_BHND", q_BHND), ("k_BKTD", k_BKTD), ("v_BKTD", v_BKTD)):
-        if tensor.dim() != 4:
-            raise MixheadError(
-                f"{name} must have 4 dimensions [batch, heads, tokens, head_dim], got {list(tensor.shape)}."
-            )
+    # Shapes are asked for once: each costs as much as the rest of a check.
+    q_shape, k_shape, v_shape = q_BHND.shape, k_BKTD.shape, v_BKTD.shape
+    for name, tensor, shape in (("q_BHND", q_BHND, q_shape), ("k_BKTD", k_BKTD, k_shape), ("v_BKTD", v_BKTD, v_shape)):
+        if len(shape) != 4:
+            raise MixheadError(f"{name} must have 4 dimensions [batch, heads, tokens, head_dim], got {list(shape)}.")
         if tensor.dtype != q_BHND.dtype:
             raise MixheadError(f"{name} is {tensor.dtype}, but q_BHND is {q_BHND.dtype}: they must have one dtype.")
-    batch, heads, queries, head_dim = q_BHND.shape
-    k_shape = k_BKTD.shape  # asked for once, since a shape costs as much as the rest of a check
+    batch, heads, queries, head_dim = q_shape
     _, kv_heads, keys, _ = k_shape
     if k_shape != (batch, kv_heads, keys, head_dim) or kv_heads == 0 or heads % kv_heads:
         raise MixheadError(
             f"k_BKTD must be [{batch}, K, T, {head_dim}] with K dividing the {heads} query heads, got {list(k_shape)}."
         )
-    if v_BKTD.shape != k_shape:
-        raise MixheadError(f"v_BKTD must have the shape of k_BKTD, {list(k_shape)}, got {list(v_BKTD.shape)}.")
-    for name, tensor in (("gates_BNH", routing.gates_BNH), ("selected_BNH", routing.selected_BNH)):
-        if tensor.shape != (batch, queries, heads):
-            raise MixheadError(f"routing.{name} must be [{batch}, {queries}, {heads}], got {list(tensor.shape)}.")
-    if routing.selected_BNH.dtype != torch.bool:
-        raise MixheadError(f"routing.selected_BNH must be torch.bool, got {routing.selected_BNH.dtype}.")
+    if v_shape != k_shape:
+        raise MixheadError(f"v_BKTD must have the shape of k_BKTD, {list(k_shape)}, got {list(v_shape)}.")
+    gates_BNH, selected_BNH, of_routing = routing.gates_BNH, routing.selected_BNH, (batch, queries, heads)
+    if gates_BNH.shape != of_routing:
+        raise MixheadError(f"routing.gates_BNH must be {list(of_routing)}, got {list(gates_BNH.shape)}.")
+    if selected_BNH.shape != of_routing:
+        raise MixheadError(f"routing.selected_BNH must be {list(of_routing)}, got {list(selected_BNH.shape)}.")
+    if selected_BNH.dtype != torch.bool:
+        raise MixheadError(f"routing.selected_BNH must be torch.bool, got {selected_BNH.dtype}.")
     if attn_mask is None:
         return
     if not broadcasts_to(attn_mask.shape, (batch, heads, queries, keys)):

@@ -44,10 +44,10 @@ def refusal(q_BHND: Tensor, attn_mask: Tensor | None) -> str | None:
 
 def pays(q_BHND: Tensor, k_BKTD: Tensor) -> bool:
     """Whether the kernel is faster than the stock one, by dtype and shape alone: nothing is built or counted."""
-    if best_level() not in LEVELS.get(q_BHND.dtype, ()):
+    if best_level() not in LEVELS.get(q_BHND.dtype, ()) or q_BHND.shape[3] < MIN_HEAD_DIM:
         return False
-    if q_BHND.shape[3] < MIN_HEAD_DIM or not torch.compiler.is_compiling():
-        return q_BHND.shape[3] >= MIN_HEAD_DIM
+    if not torch.compiler.is_compiling():
+        return True
     queries, keys = q_BHND.shape[2], k_BKTD.shape[2]
     few = queries <= MAX_FEW_QUERIES_COMPILED[q_BHND.dtype] and keys >= MIN_KEYS_COMPILED
     return few or queries >= MIN_QUERIES_COMPILED[q_BHND.dtype]

@@ -1,8 +1,8 @@
 """Compiles the kernel on first use and keeps it in the user's cache.
 
-A build is known by the version of PyTorch, the instruction set, the compiler's flags and the sources: a cache that
-several machines share holds one build for each kind. One process compiles while the others wait; a build appears in the
-cache whole or not at all, and one whose checksum does not fit is made anew.
+A build is known by the version of PyTorch, the instruction set, the C library, the compiler's flags and the sources: a
+cache that several machines share holds one build for each kind. One process compiles while the others wait; a build
+appears in the cache whole or not at all, and one whose checksum does not fit is made anew.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def library(level: str) -> Path:
     command = compile_command(level)
     sources = [file for file in sorted(SOURCES.iterdir()) if file.suffix in (".h", ".cpp")]
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sources]
-    known_by = [torch.__version__, level, platform.machine(), *command[1:], *contents]
+    known_by = [torch.__version__, level, platform.machine(), *platform.libc_ver(), *command[1:], *contents]
     key = hashlib.sha256("\n".join(known_by).encode()).hexdigest()[:16]
     path = cache_directory() / "kernels" / f"attend-torch{torch.__version__}-{level}-{key}.so"
     if is_whole(path):

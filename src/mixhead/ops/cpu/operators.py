@@ -48,7 +48,11 @@ def attend(
 
 def needs_gradient(*tensors: Tensor) -> bool:
     """Whether autograd records what is computed from these tensors."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a generator would take longer than all the rest of a call's checks
+            if tensor.requires_grad:
+                return True
+    return False
 
 
 def empty_by_token(x_BHND: Tensor) -> Tensor:
