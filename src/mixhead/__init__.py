@@ -9,7 +9,7 @@ from mixhead.models.hugging_face import RoutingTrace, register_with_transformers
 from mixhead.models.moa import register_moa
 from mixhead.models.moh_vit import register_moh_vit
 from mixhead.nn import MixtureOfAttentionHeads, MixtureOfHeadAttention
-from mixhead.routing import Recording, Routing, RoutingLog, record_routing, stream_routing
+from mixhead.routing import Recording, Routing, RoutingLog, keep_routing, record_routing
 
 __version__ = "0.1.0"
 
@@ -27,12 +27,12 @@ __all__ = [
     "calibrate",
     "convert",
     "from_official",
+    "keep_routing",
     "load",
     "ops",
     "record_routing",
     "revert",
     "save",
-    "stream_routing",
 ]
 
 # The one thing done at import: transformers can only load a model type that it has been told about.

@@ -5,12 +5,12 @@ import torch
 
 from mixhead.bench.routings import GivenRouting, load_recording, make_routing, save_recording
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import RoutingLog
+from mixhead.models.hugging_face import ExactLog
 from mixhead.routing import LinearRouter, Routing
 
 
 def log_of(*layers):
-    log = RoutingLog()
+    log = ExactLog()
     for name, routing in layers:
         log.record(name, routing)
     return log

@@ -12,7 +12,7 @@ from mixhead.bench.routings import save_recording
 from mixhead.bench.subject import MASKED, SDPA, largest_error
 from mixhead.convert import MoHConfig
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import record_routing
+from mixhead.models.hugging_face import keep_routing
 from mixhead.ops import IMPLEMENTATIONS, dense
 
 SHAPE = Case(2, 63, True, heads=4, kv_heads=2, head_dim=8)
@@ -114,11 +114,11 @@ def test_a_converted_model_and_its_dense_self_share_their_weights():
 
 def test_a_model_routes_as_it_was_recorded(tmp_path):
     built = spec_of("model", FORWARD, routing="own").build()
-    with record_routing(built.converted) as log:
+    with keep_routing(built.converted) as log:
         built.call("auto")()
     save_recording(log, tmp_path / "r.safetensors")
     again = spec_of("model", FORWARD, routing=str(tmp_path / "r.safetensors")).build()
-    with record_routing(again.converted) as replayed:
+    with keep_routing(again.converted) as replayed:
         again.call("auto")()
     for (name, routing), (_, wanted) in zip(replayed.layers, log.layers, strict=True):
         assert torch.equal(routing.selected_BNH[0], wanted.selected_BNH[0]), name

@@ -60,7 +60,7 @@ def test_a_head_that_contributes_nothing_is_the_one_that_is_skipped():
         with torch.no_grad():
             site.output_weight_HDC()[1].mul_(1e-6)
     report = mixhead.calibrate(model, batches(), CalibrationConfig(budget="uniform"))
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model(input_ids=tokens())
     assert all(load[1] == 0.0 and load.sum() == 3.0 for load in log.load().values())
     assert all(layer.expected_loss < 1e-6 for layer in report.layers)
@@ -176,7 +176,7 @@ def test_the_sensitivity_budget_moves_heads_to_where_they_matter():
 def test_group_balance_survives_calibration():
     model = converted(config=MoHConfig(active_heads=2, shared_heads=0, group_balanced=True))
     mixhead.calibrate(model, batches())
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model(input_ids=tokens())
     for _, routing in log.layers:
         counts = routing.selected_BNH.unflatten(-1, (2, 2)).sum(-1)

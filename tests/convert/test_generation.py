@@ -108,7 +108,7 @@ def test_padding_does_not_count_in_the_balance_loss(side, router):
     lengths = [TOKENS, 4, 2]
     ids, mask = padded(lengths, side)
     model = converted("llama", router=router, balance_coefficient=1.0)
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
     assert all(torch.equal(routing.token_mask_BN, mask.bool()) for _, routing in log.layers)
 
@@ -136,7 +136,7 @@ def test_padding_does_not_count_in_the_balance_loss(side, router):
 def test_padding_does_not_count_in_the_balance_loss_of_encoders(name):
     model = converted(name)
     ids, mask = padded([TOKENS, 4], "right")
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model(input_ids=ids, attention_mask=mask)
     assert all(torch.equal(routing.token_mask_BN, mask.bool()) for _, routing in log.layers)
 
@@ -147,7 +147,7 @@ def test_padding_of_a_decoder_counts_neither_in_its_self_attention_nor_in_its_cr
     ids, mask = padded([TOKENS, 4], "right")
     arguments = {"decoder_attention_mask": mask} if told_by == "decoder_attention_mask" else {}
     labels = ids.masked_fill(mask == 0, -100)
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model(input_features=sound(), decoder_input_ids=ids, labels=labels, **arguments)
     masks = {layer: routing.token_mask_BN for layer, routing in log.layers}
     assert masks["model.encoder.layers.0.self_attn"] is None
@@ -160,7 +160,7 @@ def test_padding_of_a_decoder_counts_neither_in_its_self_attention_nor_in_its_cr
 def test_while_generating_every_token_is_recorded_once_and_padding_is_left_out(name):
     model = converted(name)
     ids, mask = padded([TOKENS, 4], "left")
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
     layers = {layer for layer, _ in log.layers}
     assert len(layers) == 2
@@ -176,7 +176,7 @@ def test_while_generating_every_token_is_recorded_once_and_padding_is_left_out(n
 
 def test_while_whisper_generates_its_encoder_is_recorded_too():
     model = converted("whisper")
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model.generate(input_features=sound(), decoder_input_ids=tokens(), **GREEDY)
     assert "model.encoder.layers.0.self_attn" in log.load()
 

@@ -9,7 +9,7 @@ from zoo import GQA, ZOO, answer, tokens
 
 import mixhead
 from mixhead import MoHConfig
-from mixhead.models.hugging_face import find_sites
+from mixhead.models.hugging_face import ExactLog, find_sites
 
 ROUTERS = ["linear", "query_norm", "two_stage"]
 
@@ -24,7 +24,7 @@ def converted(name, seed=0, layers=2, **config):
     return model
 
 
-def dense_times_gates(name: str, log: mixhead.RoutingLog, skipped: dict[str, Tensor]) -> Tensor:
+def dense_times_gates(name: str, log: ExactLog, skipped: dict[str, Tensor]) -> Tensor:
     """The slow oracle: the stock model, every head computed from the formula and multiplied by its logged gate."""
     gates = {layer: routing.gates_BNH for layer, routing in log.layers}
     selected = {layer: routing.selected_BNH for layer, routing in log.layers}
@@ -54,7 +54,7 @@ def dense_times_gates(name: str, log: mixhead.RoutingLog, skipped: dict[str, Ten
 @pytest.mark.parametrize("name", ZOO)
 def test_the_output_is_that_of_all_heads_times_their_gates(name, router, active):
     model = converted(name, active=active, shared=0.25, router=router)
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         output = answer(ZOO[name], model)
     sites = {site.name: site for site in find_sites(model)}
     assert sorted(layer for layer, _ in log.layers) == sorted(sites)
@@ -70,7 +70,7 @@ def test_the_output_is_that_of_all_heads_times_their_gates(name, router, active)
 @pytest.mark.parametrize("name", GQA)
 def test_group_balanced_routing_uses_equally_many_heads_of_every_key_value_head(name, router):
     model = converted(name, active=0.5, shared=0.0, router=router, group_balanced=True)
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         answer(ZOO[name], model)
     for _, routing in log.layers:
         heads_per_group = routing.selected_BNH.unflatten(-1, (2, 2)).sum(-1)
@@ -79,7 +79,7 @@ def test_group_balanced_routing_uses_equally_many_heads_of_every_key_value_head(
 
 def test_each_layer_may_have_its_own_number_of_heads_and_some_stay_dense():
     model = converted("whisper", active_heads=[4, 2, 3, 4, 1], shared_heads=[0, 1, 2, 4, 1])
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         answer(ZOO["whisper"], model)
     heads_used = {layer: int(routing.selected_BNH[0, 0].sum()) for layer, routing in log.layers}
     # The layers that use all four heads have no router, so there is nothing to record of them.
@@ -171,7 +171,7 @@ def test_attention_dropout_works_in_training_and_is_off_in_evaluation():
     expected = answer(ZOO["llama"], model)
     torch.testing.assert_close(answer(ZOO["llama"], model), expected)
     model.train()
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         torch.manual_seed(0)
         first = answer(ZOO["llama"], model)
         torch.manual_seed(0)
@@ -216,9 +216,9 @@ def test_a_model_that_ran_eager_attention_routes_to_the_same_result(name):
 
 def test_bfloat16_routes_like_float32_where_the_choice_is_clear():
     model = converted("llama", active=0.5, shared=0.25)
-    with mixhead.record_routing(model) as exact:
+    with mixhead.keep_routing(model) as exact:
         answer(ZOO["llama"], model)
-    with mixhead.record_routing(model.bfloat16()) as rounded:
+    with mixhead.keep_routing(model.bfloat16()) as rounded:
         output = answer(ZOO["llama"], model)
     assert output.dtype == torch.bfloat16
     agreement = [

@@ -281,7 +281,7 @@ def test_published_folder_routes(published):
     assert type(model).__name__ == "MoHLlamaForCausalLM"
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.generation_config.eos_token_id == 2
-    with mixhead.record_routing(model) as log, torch.no_grad():
+    with mixhead.keep_routing(model) as log, torch.no_grad():
         logits = model(tokens()).logits
     assert len(log.layers) == 32
     for _, routing in log.layers:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixhead
-from mixhead import Recording, stream_routing
+from mixhead import Recording, record_routing
 
 
 def test_moh_dit_over_time_steps_and_classes(tmp_path):
@@ -12,7 +12,7 @@ def test_moh_dit_over_time_steps_and_classes(tmp_path):
 
     sizes = {"sample_size": 8, "in_channels": 4, "hidden_size": 24, "depth": 2, "num_heads": 4, "head_dim": 6}
     dit = MoHDiT(MoHDiTConfig(**sizes, shared_heads=(1, 1), top_k=(2, 2), num_classes=3)).eval()
-    with stream_routing(dit, tmp_path / "run"), torch.no_grad():
+    with record_routing(dit, tmp_path / "run"), torch.no_grad():
         for step in (9, 1):
             dit(torch.randn(2, 4, 8, 8), torch.tensor(step), torch.tensor([0, 2]))
     recording = Recording(tmp_path / "run")
@@ -31,7 +31,7 @@ def test_moa_encoder_decoder_and_cross_attention_while_it_translates(tmp_path):
     )  # fmt: skip
     model = MoATransformerForConditionalGeneration(config).eval()
     ids_BN = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
-    with stream_routing(model, tmp_path / "run"):
+    with record_routing(model, tmp_path / "run"):
         out_BN = model.generate(ids_BN, attention_mask=ids_BN != 0, max_new_tokens=5, min_new_tokens=5, num_beams=1)
     recording = Recording(tmp_path / "run")
     encoder = [name for name in recording.layers if "encoder" in name]
@@ -52,7 +52,7 @@ def test_moa_encoder_decoder_and_cross_attention_while_it_translates(tmp_path):
 @pytest.mark.parametrize("router", ["two_stage", "linear", "query_norm"])
 def test_a_module_of_ones_own(router):
     layer = mixhead.MixtureOfHeadAttention(8, 4, 1, 2, router=router)
-    with mixhead.record_routing(layer) as log:
+    with mixhead.keep_routing(layer) as log:
         _, routing = layer(torch.randn(1, 3, 8), return_routing=True)
     assert [name for name, _ in log.layers] == ["router"]
     assert torch.equal(log.layers[0][1].selected_BNH, routing.selected_BNH)

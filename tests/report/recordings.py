@@ -14,7 +14,7 @@ HOSTILE = [
 def text_recording(path, *, texts=2, tokens=40, layers=3, heads=4, active=2, shared=1, weighted=False, words=HOSTILE):
     """Texts of random words whose heads depend on the word and, in each layer, on the text."""
     generator = torch.Generator().manual_seed(0)
-    writer = RecordingWriter(path)
+    writer = RecordingWriter(path.parent)
     for text in range(texts):
         # Every word once, the others by chance.
         ids_1N = torch.cat([torch.arange(len(words)), torch.randint(len(words), (tokens,), generator=generator)])[None]
@@ -32,14 +32,14 @@ def text_recording(path, *, texts=2, tokens=40, layers=3, heads=4, active=2, sha
             labels = {"token": ids_1N, **({"text": torch.tensor([text])} if texts > 1 else {})}
             writer.add(f"model.layers.{layer}.attn", routing, Call(text, text, 0, labels))
     writer.names = {"token": dict(enumerate(words)), "text": {n: f"text <{n}>" for n in range(texts)}}
-    writer.close({"model": "made up"})
+    writer.save(path, {"model": "made up"})
     return Recording(path)
 
 
 def picture_recording(path, *, steps=(), sizes=((4, 6), (2, 3)), heads=(2, 4)):
     """Two pictures seen by two layers at different sizes; with `steps`, at several time steps."""
     generator = torch.Generator().manual_seed(0)
-    writer = RecordingWriter(path)
+    writer = RecordingWriter(path.parent)
     for call, step in enumerate(steps or (None,)):
         for layer, ((rows, columns), count) in enumerate(zip(sizes, heads, strict=True)):
             index_1N = torch.arange(rows * columns)[None]
@@ -51,5 +51,5 @@ def picture_recording(path, *, steps=(), sizes=((4, 6), (2, 3)), heads=(2, 4)):
                 f"stages.{layer}.attn", Routing(selected_BNH.float(), selected_BNH), Call(call, 2 * call, 0, labels)
             )
     writer.names = {"class": {0: "boat", 1: "bag"}}
-    writer.close()
+    writer.save(path)
     return Recording(path)

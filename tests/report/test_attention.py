@@ -26,7 +26,7 @@ def test_weights_are_those_of_the_model_where_a_head_is_used_and_0_elsewhere(den
         expected = dense(IDS, output_attentions=True).attentions[0]
     model = mixhead.convert(dense, mixhead.MoHConfig(active=0.5, shared=0.25))
     maps = attention_maps(model, input_ids=IDS)
-    with mixhead.record_routing(model) as log, torch.no_grad():
+    with mixhead.keep_routing(model) as log, torch.no_grad():
         model(IDS)
     selected_1HN1 = log.layers[0][1].selected_BNH.transpose(1, 2).unsqueeze(-1)
     assert list(maps) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]

@@ -7,7 +7,7 @@ import pytest
 from recordings import HOSTILE, picture_recording, text_recording
 from rich.console import Console
 
-from mixhead import MixheadError, Recording, stream_routing
+from mixhead import MixheadError, Recording, record_routing
 from mixhead.report.contents import read_contents
 from mixhead.report.names import short_names
 from mixhead.report.plots import health_plot, plot_load_by, plot_loads
@@ -51,7 +51,7 @@ def test_pictures_have_grids_and_times(tmp_path):
 def test_an_empty_recording_is_refused(tmp_path):
     import torch
 
-    with stream_routing(torch.nn.Linear(1, 1), tmp_path / "run"):
+    with record_routing(torch.nn.Linear(1, 1), tmp_path / "run"):
         pass
     with pytest.raises(MixheadError, match="routes in no layer"):
         read_contents(Recording(tmp_path / "run"))

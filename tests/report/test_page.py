@@ -8,7 +8,7 @@ import pytest
 import torch
 from recordings import HOSTILE, picture_recording, text_recording
 
-from mixhead import Recording, stream_routing
+from mixhead import Recording, record_routing
 from mixhead.report.contents import read_contents
 from mixhead.report.html import write_html
 from mixhead.report.statistics import difference, false_discovery
@@ -182,7 +182,7 @@ def test_an_encoder_and_a_decoder_beside_each_other(tmp_path, open_page):
         encoder_layers=1, decoder_layers=1,
     )  # fmt: skip
     model = MoATransformerForConditionalGeneration(config).eval()
-    with stream_routing(model, tmp_path / "run") as log:
+    with record_routing(model, tmp_path / "run") as log:
         log.names["token"] = {number: f" word{number}" for number in range(20)}
         model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=6, min_new_tokens=6, num_beams=1)
     page = open_page(write(tmp_path, Recording(tmp_path / "run")))

@@ -1,6 +1,8 @@
 """Recordings: what a model's routers decide, what its modules say of the tokens, and the file that keeps both."""
 
+import gc
 import json
+import tempfile
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 import mixhead
-from mixhead import MixheadError, MixtureOfHeadAttention, Recording, record_routing, stream_routing
+from mixhead import MixheadError, MixtureOfHeadAttention, Recording, keep_routing, record_routing
 from mixhead.routing import Call, RecordingWriter, Routing
 from mixhead.routing.recording import decode, encode
 
@@ -44,10 +46,9 @@ class Encoder(nn.Module):
 
 def test_layers_and_labels_of_every_call(tmp_path):
     model = Denoiser()
-    with record_routing(model) as log:
+    with record_routing(model, tmp_path / "run"), keep_routing(model) as exact:
         for step in (9, 4):
             model(torch.randn(2, 3, 8), torch.tensor([step, step]))
-    log.save(tmp_path / "run")
     recording = Recording(tmp_path / "run")
     assert recording.layers == ("layers.0", "layers.1")
     tokens = recording.tokens("layers.1")
@@ -57,16 +58,15 @@ def test_layers_and_labels_of_every_call(tmp_path):
     assert tokens.position.tolist() == [0, 1, 2] * 4
     assert tokens.sequence.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert recording.shared == {"layers.0": [0], "layers.1": [0]}
-    exact_BNH = log.layers[1][1].selected_BNH
+    exact_BNH = exact.layers[1][1].selected_BNH
     assert np.array_equal(recording.selected("layers.1")[:6], exact_BNH.reshape(6, 4).numpy())
 
 
 def test_gates_are_right_to_half_a_step_of_their_range(tmp_path):
     model = Denoiser()
-    with record_routing(model) as log:
+    with record_routing(model, tmp_path / "run"), keep_routing(model) as exact:
         model(torch.randn(2, 50, 8), torch.tensor([1, 2]))
-    log.save(tmp_path / "run")
-    exact_TH = log.layers[0][1].gates_BNH.flatten(0, 1).numpy()
+    exact_TH = exact.layers[0][1].gates_BNH.flatten(0, 1).numpy()
     gates_TH = Recording(tmp_path / "run").gates("layers.0")
     chosen = exact_TH[exact_TH > 0]
     assert np.abs(gates_TH - exact_TH).max() <= (chosen.max() - chosen.min()) / 254 / 2 * 1.001
@@ -79,26 +79,37 @@ def test_a_selected_head_with_the_gate_0_stays_selected():
     assert decode(codes_TH, limits[None]).tolist() == [[0.0, 0.0, 2.0]]
 
 
-def test_streamed_and_kept_recordings_are_the_same_file(tmp_path):
+def test_a_recording_without_a_name_is_kept_by_saving_it(tmp_path):
     model, x = Denoiser("linear"), torch.randn(2, 3, 8)
-    with record_routing(model) as log, stream_routing(model, tmp_path / "streamed") as stream:
+    with record_routing(model) as log, record_routing(model, tmp_path / "named") as named, keep_routing(model) as exact:
         for step in range(3):
             model(x, torch.tensor([step, step]))
-    log.save(tmp_path / "kept")
-    streamed, kept = (load_file(tmp_path / f"{name}.safetensors") for name in ("streamed", "kept"))
-    assert streamed.keys() == kept.keys()
-    assert all(np.array_equal(streamed[key], kept[key], equal_nan=True) for key in kept if kept[key].dtype.kind == "f")
-    assert all(np.array_equal(streamed[key], kept[key]) for key in kept if kept[key].dtype.kind != "f")
-    assert all(torch.equal(stream.load()[name], log.load()[name]) for name in log.load())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "kept.json", "kept.safetensors", "streamed.json", "streamed.safetensors",
-    ]  # fmt: skip
+            log.save(tmp_path / "sofar")
+    log.save(tmp_path / "saved")
+    for suffix in (".safetensors", ".json"):
+        assert (tmp_path / f"saved{suffix}").read_bytes() == (tmp_path / f"named{suffix}").read_bytes()
+    assert Recording(tmp_path / "saved").num_tokens("layers.0") == 18
+    for made in (log, named):
+        assert all(torch.equal(made.load()[name], load_H) for name, load_H in exact.load().items())
+    with pytest.raises(MixheadError, match="complete and lies in its files"):
+        named.save(tmp_path / "again")
+    assert {path.stem for path in tmp_path.iterdir()} == {"saved", "sofar", "named"}
+
+
+def test_a_temporary_recording_goes_with_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with record_routing(Denoiser()) as log:
+        assert len([*tmp_path.iterdir()]) == 1
+    log.save(tmp_path / "run")
+    del log
+    gc.collect()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.safetensors"]
 
 
 def test_padding_is_not_recorded_and_positions_count_real_tokens(tmp_path):
     model = Encoder()
     mask = torch.tensor([[True, True, True], [False, True, True]])
-    with stream_routing(model, tmp_path / "run"):
+    with record_routing(model, tmp_path / "run"):
         model(torch.tensor([[5, 6, 7], [0, 8, 9]]), attention_mask=mask)
     tokens = Recording(tmp_path / "run").tokens("layer")
     assert tokens.labels["token"].tolist() == [5, 6, 7, 8, 9]
@@ -112,7 +123,8 @@ def test_labels_of_ones_own(tmp_path):
             with log.labelled(task=name, run=7):
                 model(torch.randn(1, 2, 8), torch.tensor([0]))
         model(torch.randn(1, 2, 8), torch.tensor([0]))
-    log.save(tmp_path / "run", about={"model": "tiny"})
+    log.about["model"] = "tiny"
+    log.save(tmp_path / "run")
     recording = Recording(tmp_path / "run.json")
     labels = recording.tokens("layers.0").labels
     assert labels["task"].tolist() == [0, 0, 1, 1, 0, 0, -1, -1]
@@ -123,7 +135,7 @@ def test_labels_of_ones_own(tmp_path):
 
 def test_layers_that_saw_the_same_tokens_share_their_description(tmp_path):
     model = Denoiser()
-    with stream_routing(model, tmp_path / "run"):
+    with record_routing(model, tmp_path / "run"):
         model(torch.randn(2, 3, 8), torch.tensor([1, 2]))
         model.layers[1](torch.randn(1, 5, 8))
     recording = Recording(tmp_path / "run")
@@ -136,7 +148,7 @@ def test_layers_that_saw_the_same_tokens_share_their_description(tmp_path):
 def test_memory_does_not_grow_with_the_tokens(tmp_path):
     import tracemalloc
 
-    writer = RecordingWriter(tmp_path / "run")
+    writer = RecordingWriter(tmp_path)
     selected_BNH = torch.rand(4, 250, 8) < 0.5
     routing = Routing(torch.rand(4, 250, 8) * selected_BNH, selected_BNH)
     peaks = []
@@ -146,14 +158,14 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path):
             writer.add("layer", routing, Call(100 * part + call, labels={"class": torch.tensor([1, 2, 3, 4])}))
         peaks.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    writer.close()
+    writer.save(tmp_path / "run")
     assert peaks[1] < 100_000  # 800,000 bytes of gates were written meanwhile
     assert Recording(tmp_path / "run").num_tokens("layer") == 200_000
     assert (tmp_path / "run.safetensors").stat().st_size < 200_000 * (8 + 5 * 4) * 1.01
 
 
 def test_an_error_leaves_no_file(tmp_path):
-    with pytest.raises(KeyboardInterrupt), stream_routing(Denoiser(), tmp_path / "run"):
+    with pytest.raises(KeyboardInterrupt), record_routing(Denoiser(), tmp_path / "run"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -168,12 +180,12 @@ def test_what_is_no_recording_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps({"format": "mixhead routing 9"}))
     with pytest.raises(MixheadError, match="routing 9"):
         Recording(tmp_path / "bad")
-    with pytest.raises(MixheadError, match="does not exist"), stream_routing(Denoiser(), tmp_path / "no" / "run"):
+    with pytest.raises(MixheadError, match="does not exist"), record_routing(Denoiser(), tmp_path / "no" / "run"):
         pass
 
 
 def test_a_model_that_routes_nowhere_gives_an_empty_recording(tmp_path):
-    with stream_routing(nn.Linear(2, 2), tmp_path / "run"):
+    with record_routing(nn.Linear(2, 2), tmp_path / "run"):
         pass
     assert Recording(tmp_path / "run").layers == ()
 
@@ -186,7 +198,7 @@ def test_a_moh_vit_says_where_its_tokens_stand(tmp_path):
         shared_heads=(1, 1), top_k=(1, 2), image_size=32, num_labels=3,
     )  # fmt: skip
     model = MoHTransNeXtForImageClassification(config).eval()
-    with stream_routing(model, tmp_path / "run") as log, log.labelled(**{"class": "boat"}), torch.no_grad():
+    with record_routing(model, tmp_path / "run") as log, log.labelled(**{"class": "boat"}), torch.no_grad():
         model(torch.randn(2, 3, 32, 48))
     recording = Recording(tmp_path / "run")
     assert recording.layers == ("stages.0.blocks.0.attention", "stages.1.blocks.0.attention")
@@ -205,7 +217,7 @@ def test_generation_continues_its_sequences(tmp_path):
     )
     model = mixhead.convert(LlamaForCausalLM(sizes).eval(), mixhead.MoHConfig(active=0.5, shared=0.25))
     ids = torch.tensor([[1, 2, 3], [0, 4, 5]])
-    with stream_routing(model, tmp_path / "run"):
+    with record_routing(model, tmp_path / "run"):
         for _ in range(2):
             out = model.generate(ids, attention_mask=ids != 0, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     recording = Recording(tmp_path / "run")

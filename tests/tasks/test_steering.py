@@ -21,7 +21,7 @@ def make(router="linear", seed=0):
 
 @torch.no_grad()
 def routings(model):
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model(IDS)
     return dict(log.layers)
 

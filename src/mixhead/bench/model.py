@@ -22,7 +22,7 @@ from mixhead.bench.routings import OWN, GivenRouting, load_recording, make_routi
 from mixhead.bench.subject import MASKED, SDPA, check_engine, largest_error, torch_dtype
 from mixhead.convert import MoHConfig, convert, revert, store
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import MoHModelMixin, record_routing
+from mixhead.models.hugging_face import MoHModelMixin, keep_routing
 from mixhead.routing import Routing
 
 PREFILL, TRAINING = "prefill", "forward + backward"
@@ -171,7 +171,7 @@ class Model:
         routers = {name: module.moh_router for name, module in self.converted.named_modules() if has_router(module)}
         if self.spec.routing != OWN:
             return {name: Routing(given.gates_BNH, given.selected_BNH) for name, given in routers.items()}
-        with record_routing(self.converted) as log:
+        with keep_routing(self.converted) as log:
             if self.cache is None:
                 self.converted(self.ids_BN, use_cache=False, logits_to_keep=1)
             else:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import RoutingLog
+from mixhead.models.hugging_face import ExactLog
 from mixhead.routing import Router, Routing
 
 RANDOM, SKEWED, OWN = "random", "skewed", "own"
@@ -72,7 +72,7 @@ def fitted(layers: list[Routing], tokens: int, heads: int, name: str) -> Routing
     return Routing(torch.cat([gates for gates, _ in rows]).float(), torch.cat([selected for _, selected in rows]))
 
 
-def save_recording(log: RoutingLog, file: Path) -> None:
+def save_recording(log: ExactLog, file: Path) -> None:
     """Writes what a model's tokens used; of a layer that was called several times, the first call."""
     tensors = {}
     for name, routing in reversed(log.layers):

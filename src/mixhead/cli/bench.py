@@ -20,7 +20,7 @@ from mixhead.bench.subject import Spec, engines_to_time
 from mixhead.cli.common import MODEL_HELP, SMOLLM2, TEXT_HELP, console, model_folder, progress_bar, windows_of
 from mixhead.convert import MoHConfig, store
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import record_routing
+from mixhead.models.hugging_face import keep_routing
 from mixhead.report.speed import notes, plot_speed, speed_markdown, speed_table
 
 app = typer.Typer(no_args_is_help=True)
@@ -185,7 +185,7 @@ def record(
     """Writes which heads a converted model's tokens use, for `--routing FILE`."""
     network, tokenizer = store.load_causal_lm(model_folder(source))
     windows_WT = windows_of(tokenizer, text, "test", tokens, tokens)
-    with torch.no_grad(), record_routing(network) as log:
+    with torch.no_grad(), keep_routing(network) as log:
         network(windows_WT[:1], use_cache=False)
     routings.save_recording(log, out)
     console.print(f"Wrote {out}: {len(log.layers)} layers, {windows_WT.shape[1]:,} tokens.")

@@ -2,7 +2,7 @@
 
 from mixhead.routing.experts import ExpertRouter, ExpertRouting, LossWeights
 from mixhead.routing.losses import balance_loss, cv_loss, switch_loss, z_loss
-from mixhead.routing.record import RoutingLog, StreamedLog, record_routing, stream_routing
+from mixhead.routing.record import ExactLog, RoutingLog, keep_routing, record_routing
 from mixhead.routing.recording import Call, Recording, RecordingWriter
 from mixhead.routing.router import Router
 from mixhead.routing.routers import (
@@ -19,6 +19,7 @@ from mixhead.routing.value import Routing, mean_balance_loss
 __all__ = [
     "BinaryRouter",
     "Call",
+    "ExactLog",
     "ExpertRouter",
     "ExpertRouting",
     "LinearRouter",
@@ -30,15 +31,14 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingLog",
-    "StreamedLog",
     "TwoStageRouter",
     "balance_loss",
     "cv_loss",
     "grouped_top_k_mask",
+    "keep_routing",
     "mean_balance_loss",
     "record_routing",
     "soft_selection",
-    "stream_routing",
     "switch_loss",
     "top_k_mask",
     "z_loss",

@@ -16,7 +16,7 @@ Shape legend of this room: B batch, N tokens (queries), H query heads.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixhead.routing.recording import Call, RecordingWriter
+from mixhead.routing.recording import Call, RecordingWriter, checked_path
 from mixhead.routing.router import Router
 from mixhead.routing.value import Routing
 
@@ -92,62 +92,13 @@ class CallCounter:
 
 
 class RoutingLog(CallCounter):
-    """What every token used, exactly as it was computed, kept on the CPU.
-
-    Attributes:
-        layers: (name of the attention module, its routing) of every call.
-        calls: the call that each of them belongs to.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers: list[tuple[str, Routing]] = []
-        self.calls: list[Call] = []
-
-    def record(self, name: str, routing: Routing) -> None:
-        """Keeps selection, gates and probabilities, detached."""
-        mask = routing.token_mask_BN
-        kept = Routing(
-            gates_BNH=routing.gates_BNH.detach().cpu(),
-            selected_BNH=routing.selected_BNH.cpu(),
-            probs_BNH=None if routing.probs_BNH is None else routing.probs_BNH.detach().cpu(),
-            num_routed_heads=routing.num_routed_heads,
-            token_mask_BN=None if mask is None else mask.cpu(),
-        )
-        self.calls.append(self.call_of(name, kept))
-        self.layers.append((name, kept))
-
-    def selected(self, name: str) -> Tensor:
-        """All selections of one module, one call after the other along the tokens: bool [B, N, H]."""
-        return torch.cat([routing.selected_BNH for layer, routing in self.layers if layer == name], dim=1)
-
-    def load(self) -> dict[str, Tensor]:
-        """Share of the real tokens that used each head, float32 [H], for every module that routes."""
-        loads = LoadCounter()
-        for name, routing in self.layers:
-            loads.add(name, routing)
-        return loads.load()
-
-    def save(self, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
-        """Writes PATH.safetensors and PATH.json, which `mixhead.Recording` opens without the model.
-
-        Args:
-            path: the files' path without a suffix.
-            about: what to remember of the model, anything that JSON can hold.
-        """
-        writer = RecordingWriter(path)
-        with discarded_on_error(writer):
-            writer.names = self.names
-            for (name, routing), call in zip(self.layers, self.calls, strict=True):
-                writer.add(name, routing, call)
-            writer.close(about)
-
-
-class StreamedLog(CallCounter):
-    """Writes what every token used to a file as it comes; keeps counts only.
+    """What every token used, on the disk: one byte for each gate. In memory stay only counts.
 
     Args:
         writer: where it is written.
+
+    Attributes:
+        about: what `save` remembers of the model, anything that JSON can hold.
     """
 
     def __init__(self, writer: RecordingWriter) -> None:
@@ -164,6 +115,48 @@ class StreamedLog(CallCounter):
     def load(self) -> dict[str, Tensor]:
         """Share of the real tokens that used each head, float32 [H], for every module that routes."""
         return self._loads.load()
+
+    def save(self, path: str | Path) -> None:
+        """Writes PATH.safetensors and PATH.json, which `mixhead.Recording` opens without the model.
+
+        Raises:
+            MixheadError: where the folder of PATH does not exist.
+        """
+        self._writer.save(path, self.about)
+
+
+class ExactLog:
+    """What every token used, exactly as it was computed, in the memory of the CPU.
+
+    Attributes:
+        layers: (name of the attention module, its routing) of every call.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[str, Routing]] = []
+
+    def record(self, name: str, routing: Routing) -> None:
+        """Keeps selection, gates and probabilities, detached."""
+        mask = routing.token_mask_BN
+        kept = Routing(
+            gates_BNH=routing.gates_BNH.detach().cpu(),
+            selected_BNH=routing.selected_BNH.cpu(),
+            probs_BNH=None if routing.probs_BNH is None else routing.probs_BNH.detach().cpu(),
+            num_routed_heads=routing.num_routed_heads,
+            token_mask_BN=None if mask is None else mask.cpu(),
+        )
+        self.layers.append((name, kept))
+
+    def selected(self, name: str) -> Tensor:
+        """All selections of one module, one call after the other along the tokens: bool [B, N, H]."""
+        return torch.cat([routing.selected_BNH for layer, routing in self.layers if layer == name], dim=1)
+
+    def load(self) -> dict[str, Tensor]:
+        """Share of the real tokens that used each head, float32 [H], for every module that routes."""
+        loads = LoadCounter()
+        for name, routing in self.layers:
+            loads.add(name, routing)
+        return loads.load()
 
 
 class LoadCounter:
@@ -193,68 +186,75 @@ def real_tokens(routing: Routing) -> Tensor:
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Iterator[RoutingLog]:
-    """`with mixhead.record_routing(model) as log: model(**inputs)` keeps what every token used in every layer.
+def record_routing(model: nn.Module, path: str | Path | None = None) -> Iterator[RoutingLog]:
+    """`with mixhead.record_routing(model) as log: model(**inputs)` records what every token uses in every layer.
 
     It works for every model whose layers choose heads through a `Router`: converted models of transformers, also while
-    they generate, and the models of this library; the head of this module says how a model of your own takes part.
-    What is recorded stays in memory, exact; `log.save(path)` writes it as a small file, and `stream_routing` writes
-    such a file at once, for runs of any length. A compiled model runs without its compiled code meanwhile, since that
-    calls no router.
+    they generate, and the models of this library; the head of this module says how a model of your own takes part. A
+    compiled model runs without its compiled code meanwhile, since that calls no router.
+
+    What is recorded goes to the disk as it comes, one byte for each gate, so memory does not grow however long the run.
+
+    Args:
+        model: any module.
+        path: NAME of the recording: when the block ends, NAME.safetensors and NAME.json are there, and after an error
+            neither. Without it the recording is a temporary one: `log.save(path)` keeps it, and it is deleted with
+            `log`.
+
+    Raises:
+        MixheadError: where the folder of `path` does not exist.
     """
-    log = RoutingLog()
-    with listening(model, log):
+    writer = RecordingWriter(None if path is None else checked_path(path).parent)
+    log = RoutingLog(writer)
+    try:
+        with heard(model, log.record), labelled_calls(model, log):
+            yield log
+        if path is not None:
+            log.save(path)
+    finally:
+        if path is not None:
+            writer.discard()
+
+
+@contextmanager
+def keep_routing(model: nn.Module) -> Iterator[ExactLog]:
+    """`record_routing` for computing with the routings of a few calls: exact, as tensors, and all of it in memory."""
+    log = ExactLog()
+    with heard(model, log.record):
         yield log
 
 
 @contextmanager
-def stream_routing(model: nn.Module, path: str | Path) -> Iterator[StreamedLog]:
-    """Like `record_routing`, straight to PATH.safetensors and PATH.json: bounded memory, one byte for each gate.
-
-    The files appear when the block ends; after an error there are none. `mixhead.Recording(path)` opens them without
-    the model. What is put into `log.about` is kept with them.
-    """
-    writer = RecordingWriter(path)
-    with discarded_on_error(writer):
-        log = StreamedLog(writer)
-        with listening(model, log):
-            yield log
-        writer.close(log.about)
-
-
-@contextmanager
-def discarded_on_error(writer: RecordingWriter) -> Iterator[None]:
-    """Nothing half-written stays."""
-    try:
-        yield
-    except BaseException:
-        writer.discard()
-        raise
-
-
-@contextmanager
-def listening(model: nn.Module, log: RoutingLog | StreamedLog) -> Iterator[None]:
-    """Shows the log every routing of the model's routers, and what its modules say of their tokens."""
+def heard(model: nn.Module, record: Callable[[str, Routing], None]) -> Iterator[None]:
+    """Calls `record` with every routing of the model's routers, and the name of the layer."""
 
     def listen(name: str) -> Any:
         def hear(_module: nn.Module, _args: Any, routing: Routing) -> None:
             # Gradient checkpointing computes a layer once more during backward, which is no further use.
             if torch._C._current_graph_task_id() == -1:
-                log.record(name, routing)
+                record(name, routing)
 
         return hear
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        log.enter(*known_of_call(module, args, kwargs))
-
-    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-        log.leave()
 
     with ExitStack() as stack:
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, router in routers_by_layer(model).items():
             stack.callback(router.register_forward_hook(listen(name)).remove)
+        yield
+
+
+@contextmanager
+def labelled_calls(model: nn.Module, counter: CallCounter) -> Iterator[None]:
+    """Tells the counter when modules run that say something of their tokens, and what they say."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        counter.enter(*known_of_call(module, args, kwargs))
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        counter.leave()
+
+    with ExitStack() as stack:
         for module in model.modules():
             if module is model or hasattr(module, "routing_labels") or takes_ids(module):
                 stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)

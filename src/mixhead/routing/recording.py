@@ -24,6 +24,7 @@ import os
 import shutil
 import struct
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,19 +66,18 @@ class RecordingWriter:
     """Writes routings as they come. What it keeps in memory does not grow with the number of tokens.
 
     Args:
-        path: NAME of the recording, without a suffix; its folder must exist.
+        folder: where the parts of the recording grow, in a hidden folder that is deleted with the writer; by default
+            that for temporary files.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.parent.is_dir():
-            raise MixheadError(f"The folder {self.path.parent} of the recording does not exist: make it first.")
-        self._folder = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}-", suffix=".partial"))
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self._folder = Path(tempfile.mkdtemp(dir=folder, prefix=".routing-", suffix=".partial"))
         self._spools: dict[str, _Spool] = {}
         self._chunks: dict[bytes, int] = {}  # of the present call
         self._call, self._num_chunks, self._num_tokens = -1, 0, 0
         self.names: dict[str, dict[int, str]] = {}
         self._competes: dict[str, Tensor] = {}  # by layer: the heads that have ever had a probability
+        self.discard = weakref.finalize(self, _discard, self._folder, self._spools)
         self._spool("starts", np.int64, ()).append(np.zeros(1, np.int64))
 
     def add(self, layer: str, routing: Routing, call: Call) -> None:
@@ -124,37 +124,53 @@ class RecordingWriter:
             self._spools[name] = _Spool(self._folder / str(len(self._spools)), np.dtype(dtype), shape)
         return self._spools[name]
 
-    def close(self, about: Mapping[str, Any] | None = None) -> None:
-        """Puts the two files in their place, whole.
+    def save(self, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
+        """Writes all that was added so far as PATH.safetensors and PATH.json, whole or not at all.
 
         Args:
+            path: NAME of the recording, without a suffix; its folder must exist.
             about: what to remember of the model, anything that JSON can hold.
         """
-        layers = [name.removeprefix("gates/") for name in self._spools if name.startswith("gates/")]
+        path = checked_path(path)
+        if not self.discard.alive:
+            raise MixheadError("This recording is complete and lies in its files: copy those.")
         for name, spool in self._spools.items():
             if name.startswith("label/"):
                 spool.fill(self._num_tokens)
-            spool.file.close()
-        partial = self._folder / "routing.safetensors"
-        _join(self._spools, partial)
+            spool.file.flush()
         description = {
             "format": FORMAT,
-            "layers": layers,
+            "layers": [name.removeprefix("gates/") for name in self._spools if name.startswith("gates/")],
             "shared": {layer: (~competes_H).nonzero()[:, 0].tolist() for layer, competes_H in self._competes.items()},
             "names": {label: {str(value): text for value, text in of.items()} for label, of in self.names.items()},
             "about": dict(about or {}),
         }
         # In ASCII: a token's name may be a byte that is no character, which UTF-8 cannot hold.
-        (self._folder / "routing.json").write_text(json.dumps(description, indent=1) + "\n", encoding="ascii")
-        partial.replace(_with_suffix(self.path, ".safetensors"))
-        (self._folder / "routing.json").replace(_with_suffix(self.path, ".json"))
-        shutil.rmtree(self._folder, ignore_errors=True)
+        text = json.dumps(description, indent=1) + "\n"
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-", suffix=".partial") as folder:
+            tensors, names = Path(folder) / "tensors", Path(folder) / "names"
+            _join(self._spools, tensors)
+            names.write_text(text, encoding="ascii")
+            tensors.replace(_with_suffix(path, ".safetensors"))
+            names.replace(_with_suffix(path, ".json"))
 
-    def discard(self) -> None:
-        """Deletes what was written."""
-        for spool in self._spools.values():
-            spool.file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+
+def checked_path(path: str | Path) -> Path:
+    """The path of a recording that can be written.
+
+    Raises:
+        MixheadError: where its folder does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise MixheadError(f"The folder {path.parent} of the recording does not exist: make it first.")
+    return path
+
+
+def _discard(folder: Path, spools: Mapping[str, _Spool]) -> None:
+    for spool in spools.values():
+        spool.file.close()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Spool:

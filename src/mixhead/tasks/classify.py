@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mixhead.errors import MixheadError
-from mixhead.routing import Routing, record_routing
+from mixhead.routing import Routing, keep_routing
 from mixhead.tasks.evaluate_images import logits_of
 from mixhead.tasks.images import read_image
 
@@ -105,7 +105,7 @@ def classify(
         MixheadError: where the image cannot be read; it names the file.
     """
     pixels_1CYX = processor([read_image(file)], return_tensors="pt")["pixel_values"]
-    with record_routing(model) as log:
+    with keep_routing(model) as log:
         probabilities_L = logits_of(model, pixels_1CYX)[0].softmax(-1)
     likeliest = probabilities_L.topk(min(top, len(classes)))
     maps = tuple(head_map(name, routing) for name, routing in log.layers)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, convert, store
-from mixhead.models.hugging_face import record_routing
+from mixhead.models.hugging_face import keep_routing
 from mixhead.tasks.evaluate import Row, Table, perplexity
 from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
 from mixhead.tasks.precision import autocast_dtype
@@ -188,7 +188,7 @@ class Demo:
 
     def load_of_heads(self, model: PreTrainedModel, windows_WT: Tensor) -> Tensor:
         """Share of the tokens that used each head of each layer."""
-        with record_routing(model) as log, torch.inference_mode():
+        with keep_routing(model) as log, torch.inference_mode():
             model.eval()(input_ids=windows_WT)
         loads = log.load()
         heads = model.config.num_attention_heads

@@ -23,7 +23,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from mixhead.convert import store
 from mixhead.errors import MixheadError
 from mixhead.models.moh_vit import MoHTransNeXtConfig, image_processor
-from mixhead.routing import record_routing
+from mixhead.routing import keep_routing
 from mixhead.tasks.evaluate import evaluation_mode
 from mixhead.tasks.image_data import LabelledImages
 
@@ -162,7 +162,7 @@ def evaluate_images(
     with evaluation_mode(model):
         for pixels_BCYX, labels_B in batches(images, processor, batch_size, unreadable, on_progress):
             begin = time.perf_counter()
-            with record_routing(model) as log:
+            with keep_routing(model) as log:
                 logits_BL = logits_of(model, pixels_BCYX, autocast)
             model_seconds += time.perf_counter() - begin
             predicted_BK = logits_BL.topk(min(5, logits_BL.shape[-1])).indices

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead.errors import MixheadError
-from mixhead.routing import Recording, StreamedLog, stream_routing
+from mixhead.routing import Recording, RoutingLog, record_routing
 from mixhead.tasks.images import SUFFIXES, read_image
 from mixhead.tasks.pieces import pieces_of
 from mixhead.tasks.sampling import SamplingConfig, class_names, sample_images
@@ -47,7 +47,7 @@ def record_texts(
         MixheadError: where a text holds no token.
     """
     ids_by_name = {name: _ids(tokenizer, name, documents, most_tokens) for name, documents in texts.items()}
-    with stream_routing(model, path) as log:
+    with record_routing(model, path) as log:
         log.about.update(about or {})
         for name, documents in ids_by_name.items():
             with log.labelled(**({"text": name} if len(texts) > 1 else {})):
@@ -93,14 +93,14 @@ def record_writing(
     inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise MixheadError("The prompt holds no token: give one that says something.")
-    with stream_routing(model, path) as log:
+    with record_routing(model, path) as log:
         log.about.update(about or {})
         ids_BN = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
         _name_tokens(log, tokenizer, ids_BN.flatten().tolist())
     return Recording(path)
 
 
-def _name_tokens(log: StreamedLog, tokenizer: PreTrainedTokenizerBase, ids: Any) -> None:
+def _name_tokens(log: RoutingLog, tokenizer: PreTrainedTokenizerBase, ids: Any) -> None:
     log.names["token"] = pieces_of(tokenizer, ids)
 
 
@@ -126,7 +126,7 @@ def record_pictures(
         The recording, and the pictures as the model saw them, PNG.
     """
     shown = []
-    with stream_routing(model, path) as log:
+    with record_routing(model, path) as log:
         log.about.update(about or {})
         for file, of_class in pictures.items():
             pixels_1CYX = processor(read_image(file), return_tensors="pt")["pixel_values"]
@@ -157,7 +157,7 @@ def record_drawing(
         The recording, and the finished images, PNG.
     """
     config = SamplingConfig(steps=steps, group=len(classes), batch_size=len(classes))
-    with stream_routing(pipeline.transformer.dit, path) as log:
+    with record_routing(pipeline.transformer.dit, path) as log:
         log.about.update(about or {})
         log.names["class"] = dict(enumerate(class_names(pipeline)))
         images_BCYX = torch.cat([*sample_images(pipeline, classes, config)])

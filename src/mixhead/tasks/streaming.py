@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from mixhead.errors import MixheadError
-from mixhead.routing import RoutingLog, record_routing
+from mixhead.routing import ExactLog, keep_routing
 from mixhead.tasks.pieces import pieces_of, readable
 
 
@@ -75,7 +75,7 @@ def stream(
         except BaseException as error:  # whatever it is, the caller's thread shall raise it
             streamer.items.put(error)
 
-    with record_routing(model) as log:
+    with keep_routing(model) as log:
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
         try:
@@ -91,7 +91,7 @@ def stream(
             thread.join()
 
 
-def heads_of(log: RoutingLog, most: int) -> dict[str, list[list[int]]]:
+def heads_of(log: ExactLog, most: int) -> dict[str, list[list[int]]]:
     """By layer, the heads that each of the first tokens used."""
     found: dict[str, list[list[int]]] = {}
     for layer, routing in list(log.layers):

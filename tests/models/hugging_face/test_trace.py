@@ -1,4 +1,4 @@
-"""`record_routing`: exact counts, whatever runs around the model, and nothing left behind."""
+"""`keep_routing`: exact counts, whatever runs around the model, and nothing left behind."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ LAYERS = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 
 def test_loads_are_exact_counts():
     model = make()
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model(ids())
         model(ids(batch=1, length=3))
     routings = [routing for name, routing in log.layers if name == LAYERS[0]]
@@ -38,7 +38,7 @@ def test_loads_are_exact_counts():
 def test_padding_is_left_out_of_the_loads():
     model = make()
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model(ids(), attention_mask=mask)
     for name, routing in log.layers:
         assert torch.equal(log.load()[name], routing.selected_BNH[mask.bool()].float().sum(0) / 7)
@@ -47,7 +47,7 @@ def test_padding_is_left_out_of_the_loads():
 def test_nothing_is_left_behind_and_nothing_is_recorded_afterwards():
     model = make()
     hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
-    with pytest.raises(KeyboardInterrupt), mixhead.record_routing(model) as log:
+    with pytest.raises(KeyboardInterrupt), mixhead.keep_routing(model) as log:
         raise KeyboardInterrupt
     model(ids())
     assert log.layers == []
@@ -57,7 +57,7 @@ def test_nothing_is_left_behind_and_nothing_is_recorded_afterwards():
 def test_recording_does_not_change_the_training_loss():
     model = make(balance_coefficient=1.0).train()
     plain = model(input_ids=ids(), labels=ids()).loss
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         recorded = model(input_ids=ids(), labels=ids()).loss
     assert torch.equal(plain, recorded)
     assert recorded > make().eval()(input_ids=ids(), labels=ids()).loss
@@ -67,21 +67,21 @@ def test_recording_does_not_change_the_training_loss():
 def test_what_checkpointing_computes_again_is_recorded_once():
     model = make().train()
     model.gradient_checkpointing_enable()
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model(input_ids=ids(), labels=ids()).loss.backward()
     assert [name for name, _ in log.layers] == LAYERS
 
 
 def test_recorded_values_hold_no_graph():
     model = make().train()
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model(input_ids=ids(), labels=ids())
     assert not any(routing.gates_BNH.requires_grad for _, routing in log.layers)
 
 
 def test_two_recordings_at_once():
     model = make()
-    with mixhead.record_routing(model) as outer, mixhead.record_routing(model) as inner:
+    with mixhead.keep_routing(model) as outer, mixhead.keep_routing(model) as inner:
         model(ids())
     assert [name for name, _ in outer.layers] == [name for name, _ in inner.layers] == LAYERS
 
@@ -89,7 +89,7 @@ def test_two_recordings_at_once():
 def test_a_part_of_the_model_and_a_wrapper_around_it():
     model = make()
     wrapper = torch.nn.Sequential(model)
-    with mixhead.record_routing(wrapper) as log:
+    with mixhead.keep_routing(wrapper) as log:
         wrapper(ids())
         model.model(ids())
     assert [name for name, _ in log.layers] == LAYERS * 2
@@ -100,9 +100,9 @@ def test_a_compiled_model():
     model = make()
     compiled = torch.compile(model, backend="eager")
     compiled(ids())
-    with mixhead.record_routing(compiled) as log:
+    with mixhead.keep_routing(compiled) as log:
         compiled(ids())
-    with mixhead.record_routing(model) as expected:
+    with mixhead.keep_routing(model) as expected:
         model(ids())
     assert [name for name, _ in log.layers] == LAYERS
     for name in LAYERS:
@@ -111,6 +111,6 @@ def test_a_compiled_model():
 
 def test_a_dense_model_has_nothing_to_record():
     model = mixhead.revert(make())
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model(ids())
     assert log.load() == {}

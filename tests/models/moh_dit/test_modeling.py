@@ -129,7 +129,7 @@ def test_guidance_acts_on_the_first_three_channels():
 
 def test_what_every_token_used_can_be_recorded():
     model = make(**ROUTED)
-    with mixhead.record_routing(model) as log:
+    with mixhead.keep_routing(model) as log:
         model(*batch(model.config))
     assert [name for name, _ in log.layers] == [f"blocks.{i}.attention" for i in range(3)]
     assert [float(load.sum()) for load in log.load().values()] == pytest.approx([2, 2, 3])

@@ -88,7 +88,7 @@ def test_routing_is_returned_as_asked_for(model):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         output = model(x, output_routing=True)
-        with mixhead.record_routing(model) as log:
+        with mixhead.keep_routing(model) as log:
             assert model(x).logits.equal(output.logits)
     assert [tuple(r.selected_BNH.shape) for r in output.routing] == [
         (2, 256, 2), (2, 64, 4), (2, 16, 4), (2, 16, 4), (2, 4, 4),

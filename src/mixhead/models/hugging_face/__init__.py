@@ -15,10 +15,11 @@ from mixhead.models.hugging_face.model import (
 )
 from mixhead.models.hugging_face.sites import AttentionSite, find_sites
 from mixhead.models.hugging_face.trace import RoutingTrace
-from mixhead.routing import RoutingLog, record_routing
+from mixhead.routing import ExactLog, RoutingLog, keep_routing, record_routing
 
 __all__ = [
     "AttentionSite",
+    "ExactLog",
     "LayerHeads",
     "MoHModelMixin",
     "RoutingLog",
@@ -28,6 +29,7 @@ __all__ = [
     "attention_of",
     "detach_router",
     "find_sites",
+    "keep_routing",
     "moh_attention_forward",
     "moh_config_class",
     "moh_model_class",
