@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import mixhead
 from mixhead.cli.app import run
 from mixhead.convert import store
+from mixhead.report.contents import read_contents
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,29 @@ def test_what_it_writes(model, tmp_path):
     page = tmp_path / "page.html"
     assert run(["inspect", model, "--prompt", "the state", "--tokens", "5", "--out", str(page)]) == 0
     assert page.is_file()
+
+
+def test_a_translator_shows_what_it_reads_and_what_it_writes(model, texts, tmp_path, capsys):
+    from mixhead.models.moa import MoATransformerConfig, MoATransformerForConditionalGeneration
+
+    torch.manual_seed(0)
+    tokenizer = store.load_tokenizer(model)
+    config = MoATransformerConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_heads=4, head_dim=4, active_heads=2,
+        encoder_layers=1, decoder_layers=1,
+    )  # fmt: skip
+    translator, kept = tmp_path / "translator", tmp_path / "kept"
+    store.save(MoATransformerForConditionalGeneration(config).eval(), tokenizer, translator)
+    command = ["inspect", str(translator), *texts, "--tokens", "40", "--out", str(tmp_path / "page.html")]
+    assert run([*command, "--save", str(kept)]) == 0, printed(capsys)
+    recording = mixhead.Recording(kept)
+    assert len(recording.same_tokens(recording.layers[0])) == 1  # the encoder; the decoder attends to both texts
+    assert len(recording.same_tokens(recording.layers[1])) == 2
+    contents = read_contents(recording)
+    assert [axis.sequences[0].title for axis in contents.axes] == ["Source 1 (first)", "Written 1 (first)"]
+    assert "".join(contents.axes[0].texts[:5]).startswith("the state of one")
+    assert run(["inspect", str(translator), "--prompt", "the"]) == 2
+    assert "continues no prompt" in printed(capsys)
 
 
 def test_pictures_by_class(tmp_path):

@@ -33,6 +33,18 @@ def browser():
         started.close()
 
 
+@pytest.fixture(scope="session")
+def violations():
+    """`violations(page)`: what axe-core finds wrong with a page for readers who see, hear or type otherwise."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+
+    def find(page):
+        found = axe.Axe().run(page).response["violations"]
+        return [f"{rule['id']}: {node['html']}" for rule in found for node in rule["nodes"]]
+
+    return find
+
+
 @pytest.fixture
 def open_page(browser):
     """`open_page(file, width=, scheme=)`: the page; the test fails if the page reports an error or loads anything."""

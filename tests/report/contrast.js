@@ -1,4 +1,4 @@
-// Texts of the page whose contrast to what is behind them is below the ratio that WCAG 2 (AA) asks for.
+// Texts of the page, those on strips and tints too (which axe-core leaves open), whose contrast to what is behind them is below the ratio that WCAG 2 (AA) asks for.
 () => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const colour = (text) => {

@@ -10,9 +10,11 @@ from rich.console import Console
 from mixhead import MixheadError, Recording, record_routing
 from mixhead.report.contents import read_contents
 from mixhead.report.names import short_names
+from mixhead.report.parts_of_speech import parts_of_speech
 from mixhead.report.plots import health_plot, plot_load_by, plot_loads
 from mixhead.report.terminal import terminal_view
 from mixhead.report.word_classes import word_class
+from mixhead.report.words import joined_words, word_numbers
 from mixhead.tasks.pieces import readable
 
 
@@ -137,6 +139,28 @@ def test_word_classes(texts, expected):
 
 def test_pieces_that_are_no_words():
     assert [word_class(text) for text in ("ing", "\n", "", " ")] == ["continuation", "space", "space", "space"]
+
+
+def test_words_are_put_together_from_their_pieces():
+    texts = ["The", " lib", "er", "ality", "?", " It", "'s", " caf", "\u00e9", "", "s", ",", "\n", "3", " x"]
+    numbers = word_numbers(texts, [place == 14 for place in range(15)])
+    assert joined_words(texts, numbers) == ["The", "liberality", "?", "It's", "cafés", ",", "", "3", "x"]
+    assert word_numbers([], []) == []
+    assert word_numbers(["a", "b"], [True, True]) == [0, 1]
+
+
+def test_parts_of_speech_of_english_and_of_nothing_else():
+    pytest.importorskip("textblob", reason="TextBlob is not installed")
+    expected = {
+        "The": "determiner", "nations": "noun", "of": "preposition", "the": "determiner", "world": "noun",
+        "must": "auxiliary", "quickly": "adverb", "refuse": "verb", "12": "number", "wars": "noun", ",": "punctuation",
+        "and": "conjunction", "we": "pronoun", "will": "auxiliary", "see": "verb", "them": "pronoun",
+        ".": "punctuation", "They": "pronoun", "run": "verb", "<script>": "noun",
+    }  # fmt: skip
+    assert dict(zip(expected, parts_of_speech([*expected]), strict=True)) == expected
+    assert parts_of_speech(["Die", "Völker", "der", "Welt", "sollen", "in", "Frieden", "leben"]) is None
+    assert parts_of_speech(["def", "add", "(", "a", ",", "b", ")", ":", "return", "a", "+", "b"]) is None
+    assert parts_of_speech([]) is None
 
 
 def test_agreement_of_layers_is_known_for_each_pair(tmp_path):

@@ -20,9 +20,17 @@ from mixhead.report.names import short_names
 from mixhead.report.plots import plot_load_by, plot_loads
 from mixhead.report.terminal import terminal_view
 from mixhead.routing import Recording
-from mixhead.tasks.record import picture_files, record_drawing, record_pictures, record_texts, record_writing
+from mixhead.tasks.record import (
+    picture_files,
+    record_drawing,
+    record_pictures,
+    record_texts,
+    record_translation,
+    record_writing,
+)
 from mixhead.tasks.sampling import class_names, load_pipeline
 from mixhead.tasks.text import text_source
+from mixhead.tasks.translate import load_translator
 
 
 def inspect(
@@ -32,7 +40,10 @@ def inspect(
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text to read, or NAME=text; several are compared with each other. " + TEXT_HELP),
+        typer.Option(
+            help="Text to read (or, by a translation model, to translate), or NAME=text; several are compared with "
+            "each other. " + TEXT_HELP
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="A prompt to continue instead.")] = None,
     images: Annotated[
@@ -116,11 +127,16 @@ def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
         count = len(class_names(pipeline))
         classes = [number % count for number in range(inputs.draw)]
         return Recorded(*record_drawing(pipeline, classes, path, about=about))
+    named = dict(name_and_text(text) for text in inputs.texts or ["addresses:test"])
+    if store.load_config(store.check_folder(folder)).is_encoder_decoder:
+        if inputs.prompt is not None:
+            raise MixheadError(f"{folder} translates and continues no prompt: give it a text (--text).")
+        translator = load_translator(folder)
+        return Recorded(record_translation(*translator, named, path, most_tokens=inputs.tokens, about=about))
     model, tokenizer = store.load_causal_lm(folder)
     if inputs.prompt is not None:
         written = record_writing(model, tokenizer, inputs.prompt, path, new_tokens=inputs.tokens, about=about)
         return Recorded(written)
-    named = dict(name_and_text(text) for text in inputs.texts or ["addresses:test"])
     return Recorded(record_texts(model, tokenizer, named, path, most_tokens=inputs.tokens, about=about))
 
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from mixhead.errors import MixheadError
+from mixhead.report.parts_of_speech import parts_of_speech
 from mixhead.report.statistics import (
     Bools,
     Floats,
@@ -30,6 +31,7 @@ from mixhead.report.statistics import (
 )
 from mixhead.report.word_classes import word_class
 from mixhead.report.word_statistics import expert_words
+from mixhead.report.words import joined_words, word_numbers
 from mixhead.routing.recording import Recording, Tokens
 from mixhead.tasks.pieces import readable
 
@@ -52,6 +54,7 @@ class Shown:
         time: the time step of a diffusion model, None elsewhere.
         grid: rows and columns of the patches; None for text.
         prefix: tokens before the patches that stand nowhere (a class token).
+        groups: by label that has names (`text`, `class`, `task`), what the sequence belongs to.
     """
 
     title: str
@@ -61,6 +64,20 @@ class Shown:
     time: float | None = None
     grid: tuple[int, int] | None = None
     prefix: int = 0
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Word:
+    """The word that a token is in.
+
+    Attributes:
+        text: without the white space around it.
+        speech: its part of speech; "" where it is not known.
+    """
+
+    text: str
+    speech: str
 
 
 @dataclass(frozen=True)
@@ -173,7 +190,8 @@ def read_axis(recording: Recording, layers: list[str], most_tokens: int) -> Cont
     says = "token" in tokens.labels
     kind = "text" if says else "image"
     texts = texts_of(recording, tokens) if says else []
-    labels = labels_of(recording, tokens, texts)
+    words = words_of_tokens(tokens, texts)
+    labels = labels_of(recording, tokens, texts, words)
     shown = shown_tokens(tokens, most_tokens if says else PATCHES * most_tokens)
     codes = {layer: recording.codes(layer) for layer in layers}
     selected = {layer: codes_TH > 0 for layer, codes_TH in codes.items()}
@@ -183,7 +201,7 @@ def read_axis(recording: Recording, layers: list[str], most_tokens: int) -> Cont
         layers=layers,
         kind=kind,
         texts=[texts[row] for row in shown] if says else [],
-        sequences=sequences_of(recording, tokens, shown, kind),
+        sequences=sequences_of(recording, tokens, shown, kind, what_of(recording, layers, kind)),
         codes_TX=np.concatenate([codes_TH[shown] for codes_TH in codes.values()], 1),
     )
     note = f"{len(shown):,} of {len(tokens):,} tokens are shown; all of them count in the figures."
@@ -192,7 +210,7 @@ def read_axis(recording: Recording, layers: list[str], most_tokens: int) -> Cont
         loads={layer: load_of(used_TH, block_T) for layer, used_TH in selected.items()},
         axes=[axis],
         groups=[group for label, of in labels.items() for group in groups_of(label, *of, selected, block_T)],
-        words={layer: words_of(texts, used_TH) for layer, used_TH in selected.items()} if says else {},
+        words={layer: telling_words(words, used_TH) for layer, used_TH in selected.items()} if says else {},
         agreement={
             (one, other): agreement(selected[one][::every], selected[other][::every])
             for one, other in itertools.combinations(layers, 2)
@@ -214,23 +232,22 @@ def groups_of(
     return [Group(label, name_of(value), of) for value, of in loads.items()]
 
 
-def words_of(texts: Sequence[str], selected_TH: Bools) -> list[list[tuple[str, float]]]:
+def telling_words(words: Sequence[Word], selected_TH: Bools) -> list[list[tuple[str, float]]]:
     """For each head the words that speak for it, with their PMI in bits, best first."""
-    words = [text.strip().lower() or "␣" for text in texts]
-    scored = expert_words(torch.from_numpy(selected_TH), words, top=8, min_count=3)
+    spelled = [word.text.lower() or "␣" for word in words]
+    scored = expert_words(torch.from_numpy(selected_TH), spelled, top=8, min_count=3)
     return [[(score.word, score.pmi) for score in of if score.pmi > LEAST_BITS] for of in scored]
 
 
 def shown_tokens(tokens: Tokens, most: int) -> NDArray[np.intp]:
     """Rows of the tokens that are shown, sequence by sequence: whole sequences, of which the last may be cut."""
-    order = np.lexsort((tokens.position, tokens.sequence))
-    return order[:most]
+    return reading_order(tokens)[:most]
 
 
 def texts_of(recording: Recording, tokens: Tokens) -> list[str]:
     """What each token says, characters whole."""
     names = recording.names.get("token", {})
-    order = np.lexsort((tokens.position, tokens.sequence))
+    order = reading_order(tokens)
     found = [""] * len(tokens)
     starts = np.flatnonzero(np.diff(tokens.sequence[order], prepend=-1))
     for start, end in zip(starts, [*starts[1:], len(order)], strict=False):
@@ -241,8 +258,26 @@ def texts_of(recording: Recording, tokens: Tokens) -> list[str]:
     return found
 
 
+def words_of_tokens(tokens: Tokens, texts: Sequence[str]) -> list[Word]:
+    """The word that each token is in; [] where the tokens say nothing."""
+    order = reading_order(tokens)[: len(texts)]
+    read = [texts[row] for row in order]
+    numbers = word_numbers(read, np.diff(tokens.sequence[order], prepend=-1) != 0)
+    spelled = joined_words(read, numbers)
+    speech = parts_of_speech(spelled) or [""] * len(spelled)
+    found: list[Word] = [Word("", "")] * len(texts)
+    for row, number in zip(order, numbers, strict=True):
+        found[row] = Word(spelled[number], speech[number])
+    return found
+
+
+def reading_order(tokens: Tokens) -> NDArray[np.intp]:
+    """Rows of the tokens, sequence by sequence."""
+    return np.lexsort((tokens.position, tokens.sequence))
+
+
 def labels_of(
-    recording: Recording, tokens: Tokens, texts: Sequence[str]
+    recording: Recording, tokens: Tokens, texts: Sequence[str], words: Sequence[Word]
 ) -> dict[str, tuple[NDArray[Any], Callable[[Any], str]]]:
     """What tokens can be grouped by: the label of each, and the name of a label."""
     found: dict[str, tuple[NDArray[Any], Callable[[Any], str]]] = {}
@@ -256,12 +291,26 @@ def labels_of(
     if texts:
         classes = np.array([word_class(text) for text in texts])
         found["word class"] = classes, str
+        if any(word.speech for word in words):
+            found["part of speech"] = np.array([word.speech for word in words]), str
         bin_T, bins = position_bins(tokens.position)
         found["position"] = bin_T, bins.__getitem__
     return found
 
 
-def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], kind: str) -> list[Shown]:
+def what_of(recording: Recording, layers: Sequence[str], kind: str) -> str:
+    """What the sequences of these layers are called; an encoder-decoder reads a source and writes another text."""
+    if kind == "image":
+        return "Picture"
+    encodes, decodes = (
+        {name for name in recording.layers if part in name.split(".")} for part in ("encoder", "decoder")
+    )
+    if encodes and decodes:
+        return "Source" if {*layers} <= encodes else "Written"
+    return "Text"
+
+
+def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], kind: str, what: str) -> list[Shown]:
     """The sequences among the shown tokens, in their order."""
     sequence_T = tokens.sequence[shown]
     first = np.flatnonzero(np.diff(sequence_T, prepend=-1))
@@ -271,16 +320,17 @@ def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], 
     for number, (start, end) in enumerate(zip(first, ends, strict=False)):
         row = int(shown[start])
         picture = int(tokens.row[row]) if diffuses else int(tokens.sequence[row])
-        groups = [
-            recording.names[label][int(value_T[row])]
+        groups = {
+            label: recording.names[label][int(value_T[row])]
             for label, value_T in tokens.labels.items()
             if label in recording.names and label not in PLACE_LABELS and int(value_T[row]) in recording.names[label]
-        ]
-        what = "Picture" if kind == "image" else "Text"
-        title = f"{what} {(picture if kind == 'image' else number) + 1}" + (f" ({', '.join(groups)})" if groups else "")
+        }
+        title = f"{what} {(picture if kind == 'image' else number) + 1}" + (
+            f" ({', '.join(groups.values())})" if groups else ""
+        )
         time = float(tokens.labels["time_step"][row]) if diffuses else None
         grid, prefix = grid_of(tokens, shown[start:end]) if kind == "image" else (None, 0)
-        found.append(Shown(title, int(start), int(end - start), picture, time, grid, prefix))
+        found.append(Shown(title, int(start), int(end - start), picture, time, grid, prefix, groups))
     return found
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixhead.report.contents import Axis, Contents
+from mixhead.report.contents import Axis, Contents, Group
 from mixhead.report.names import short_names
 from mixhead.report.statistics import (
     BLOCK,
@@ -31,6 +31,7 @@ from mixhead.report.statistics import (
 
 MOST_GATES = 3_000_000  # bytes of gates that a page carries; beyond, it shows which heads are used and no weights
 MOST_PARTS = 60  # sequences that can be compared
+EXAMPLES = {"text": 1, "image": 4}  # sequences of a group that stand side by side with those of another
 
 
 def write_html(
@@ -184,18 +185,29 @@ def axis_data(axis: Axis, contents: Contents, number: Mapping[str, int]) -> dict
 
 def parts_data(contents: Contents, number: Mapping[str, int]) -> list[dict[str, Any]]:
     """What can be compared with each other: all tokens, groups, single texts."""
-    parts = [{"kind": "All", "name": "All tokens", "sequence": None, **loads_data(contents.loads, number)}]
+    parts = [{"kind": "All", "name": "All tokens", "sequences": [], **loads_data(contents.loads, number)}]
     for group in contents.groups:
+        examples = examples_of(contents, group)
         loads = loads_data(group.loads, number)
-        parts.append({"kind": f"By {group.label}", "name": group.value, "sequence": None, **loads})
+        parts.append({"kind": f"By {group.label}", "name": group.value, "sequences": examples, **loads})
     sequences = [(a, s) for a, axis in enumerate(contents.axes) for s in range(len(axis.sequences))]
     for a, s in sequences[:MOST_PARTS]:
         axis = contents.axes[a]
         sequence = axis.sequences[s]
         name = sequence.title if sequence.time is None else f"{sequence.title}, time step {sequence.time:g}"
         loads = loads_data(sequence_loads(contents, axis, sequence.first, sequence.count), number)
-        parts.append({"kind": "One by one", "name": name, "sequence": [a, s], **loads})
+        parts.append({"kind": "One by one", "name": name, "sequences": [[a, s]], **loads})
     return parts
+
+
+def examples_of(contents: Contents, group: Group) -> list[list[int]]:
+    """The first sequences of a group, as numbers of axis and sequence; a picture counts once."""
+    found: dict[int | tuple[int, int], list[int]] = {}
+    for a, axis in enumerate(contents.axes):
+        for s, sequence in enumerate(axis.sequences):
+            if sequence.groups.get(group.label) == group.value:
+                found.setdefault(sequence.picture if axis.kind == "image" else (a, s), [a, s])
+    return list(found.values())[: EXAMPLES[contents.axes[0].kind]]
 
 
 def sequence_loads(contents: Contents, axis: Axis, first: int, count: int) -> dict[str, Load]:
@@ -255,10 +267,11 @@ def subtitle(contents: Contents) -> str:
     active = sum(float(load.share_H.sum()) for load in contents.loads.values())
     tokens = max(load.tokens for load in contents.loads.values())
     name = f"{recording.about['model']}: " if "model" in recording.about else ""
-    return (
-        f"{name}{tokens:,} tokens, {len(recording.layers)} layers, {heads:,} heads; a token uses {active:,.1f} of them "
-        f"({active / heads:.1%})."
+    # A token of a source meets the encoder only: no token meets all heads of a model with several axes.
+    used = (
+        f"{active:,.1f} of them ({active / heads:.1%})" if len(contents.axes) == 1 else f"{active / heads:.1%} of its"
     )
+    return f"{name}{tokens:,} tokens, {len(recording.layers)} layers that route, {heads:,} heads; a token uses {used}."
 
 
 def footer(contents: Contents) -> str:

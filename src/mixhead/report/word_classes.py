@@ -1,8 +1,7 @@
 """The class of a token's word, from closed lists: what can be told of an English word without a tagger.
 
 Function words belong to closed classes, so a list is exact for most of them; every other word is a content word, and
-one whose first letter is a capital is counted apart. A part of speech from a tagger is better where there is one: give
-it as a label (`log.labelled`, or `routing_labels` of the model).
+one whose first letter is a capital is counted apart. `parts_of_speech` knows more of English words.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _LISTS = {
     "might must not",
 }
 PUNCTUATION = {"Pc", "Pd", "Pe", "Pf", "Pi", "Po", "Ps", "Sc", "Sk", "Sm"}  # of Unicode; not other symbols, as emoji
-_CLASSES = {word: name for name, words in _LISTS.items() for word in words.split()}
+FUNCTION_WORDS = {word: name for name, words in _LISTS.items() for word in words.split()}
 
 
 def word_class(text: str) -> str:
@@ -36,6 +35,6 @@ def word_class(text: str) -> str:
         return "number"
     if text[0].isalpha() and text[0].islower():
         return "continuation"
-    if word.lower() in _CLASSES:
-        return _CLASSES[word.lower()]
+    if word.lower() in FUNCTION_WORDS:
+        return FUNCTION_WORDS[word.lower()]
     return "capitalised" if word[0].isupper() else "other word"

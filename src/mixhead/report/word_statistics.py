@@ -1,6 +1,6 @@
 """Which words an expert is chosen for: pointwise mutual information, as in the MoA paper (arXiv 2210.05144).
 
-Shape legend: T tokens, H heads (or experts).
+Shape legend: T tokens, H heads (or experts), W words, X the best of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def expert_words(
         min_count: rarer words are left out: by chance they would stand on top.
 
     Returns:
-        One list for each expert, the highest first; empty where it was never chosen for a frequent word.
+        One list for each expert, the highest first, of equal ones the more frequent; empty where it was never chosen
+        for a frequent word.
 
     Raises:
         MixheadError: where there is not one word for every token.
@@ -58,12 +59,13 @@ def expert_words(
     expected_WH = together_WH.sum(1, keepdim=True) * together_WH.sum(0, keepdim=True) / total
     pmi_WH = (together_WH / expected_WH.clamp(min=1e-300)).log2()
     pmi_WH = pmi_WH.masked_fill(~frequent_W.unsqueeze(1) | (together_WH == 0), -torch.inf)
-    best = pmi_WH.topk(min(top, len(known)), dim=0)
+    # Every word that only ever uses the expert has the same score: the frequent ones say more.
+    best_XH = (pmi_WH + 1e-9 * together_WH).topk(min(top, len(known)), dim=0).indices
     return [
         [
-            WordScore(known[word], pmi, int(together_WH[word, head]))
-            for word, pmi in zip(best.indices[:, head].tolist(), best.values[:, head].tolist(), strict=True)
-            if pmi > -torch.inf
+            WordScore(known[word], float(pmi_WH[word, head]), int(together_WH[word, head]))
+            for word in best_XH[:, head].tolist()
+            if pmi_WH[word, head] > -torch.inf
         ]
         for head in range(selected_TH.shape[1])
     ]

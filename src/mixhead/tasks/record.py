@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from mixhead.routing import Recording, RoutingLog, record_routing
 from mixhead.tasks.images import SUFFIXES, read_image
 from mixhead.tasks.pieces import pieces_of
 from mixhead.tasks.sampling import SamplingConfig, class_names, sample_images
+from mixhead.tasks.translate import TranslateConfig, clean, split_long
 
 if TYPE_CHECKING:
     from mixhead.models.moh_dit import MoHDiTPipeline
@@ -60,7 +62,14 @@ def record_texts(
     return Recording(path)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, name: str, documents: Sequence[str], most: int) -> list[list[int]]:
+def _sentences(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[str]:
+    """Lines, cut behind the ends of sentences, none too long to be translated."""
+    for document in documents:
+        for sentence in re.split(r"(?<=[.!?])\s+|\n", document):
+            yield from split_long(tokenizer, clean(sentence), TranslateConfig().max_source_tokens)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, name: str, documents: Iterable[str], most: int) -> list[list[int]]:
     """The tokens of the first documents, `most` in all."""
     found: list[list[int]] = []
     left = most
@@ -97,6 +106,46 @@ def record_writing(
         log.about.update(about or {})
         ids_BN = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
         _name_tokens(log, tokenizer, ids_BN.flatten().tolist())
+    return Recording(path)
+
+
+@torch.inference_mode()
+def record_translation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Sequence[str]],
+    path: Path,
+    *,
+    most_tokens: int = 1000,
+    about: Mapping[str, Any] | None = None,
+) -> Recording:
+    """Translates texts, sentence by sentence and always with the likeliest token, and writes what each token used.
+
+    Args:
+        model: an encoder-decoder that routes.
+        tokenizer: of the model.
+        texts: documents by the name of what they belong to; tokens of several names are labelled `text`.
+        path: NAME of the recording.
+        most_tokens: how many source tokens of each name are translated.
+        about: what the recording shall remember.
+
+    Raises:
+        MixheadError: where a text holds no token.
+    """
+    ids_by_name = {
+        name: _ids(tokenizer, name, _sentences(tokenizer, documents), most_tokens) for name, documents in texts.items()
+    }
+    seen: set[int] = set()
+    with record_routing(model, path) as log:
+        log.about.update(about or {})
+        for name, lines in ids_by_name.items():
+            with log.labelled(**({"text": name} if len(texts) > 1 else {})):
+                for ids in lines:
+                    out_1N = model.generate(
+                        input_ids=torch.tensor([ids]), num_beams=1, do_sample=False, max_new_tokens=2 * len(ids) + 16
+                    )
+                    seen |= {*ids, *out_1N[0].tolist()}
+        _name_tokens(log, tokenizer, seen)
     return Recording(path)
 
 

@@ -72,10 +72,13 @@ function drawPicture(place, picture) {
 function drawTokens() {
   const place = byId("flow"), gallery = make("div", { className: "pictures" });
   const pictures = new Set();
-  D.axes.forEach((axis, number) => {
-    if (axis.kind === "text") axis.sequences.forEach((sequence) => drawText(place, number, sequence));
-    else axis.sequences.forEach((sequence) => pictures.add(sequence.picture));
-  });
+  // What a translator wrote stands beneath its source.
+  for (let i = 0; i < Math.max(...D.axes.map((axis) => axis.sequences.length)); i++)
+    D.axes.forEach((axis, number) => {
+      const sequence = axis.sequences[i];
+      if (sequence && axis.kind === "text") drawText(place, number, sequence);
+      else if (sequence) pictures.add(sequence.picture);
+    });
   if (!pictures.size) return;
   place.append(gallery);
   pictures.forEach((picture) => drawPicture(gallery, picture));

@@ -45,7 +45,7 @@ function drawCompare() {
   const pair = kind ? D.parts.map((part, i) => (part.kind === kind ? i : -1)).filter((i) => i >= 0) : [0, 1];
   [first.value, second.value] = pair;
 
-  let found = new Map(), widest = 0.1, forget = [];
+  let found = new Map(), widest = 0.1, forget = [], seen = false;
   const cellOf = (layer, head) => {
     const d = found.get(`${layer}/${head}`);
     if (!d) return { text: "", colour: ramp("same")[0], label: "not in both" };
@@ -73,15 +73,28 @@ function drawCompare() {
       `The largest difference: head ${top.head} of ${layerName(top.layer)}, used by ${percent(a.load[top.layer][top.head])} ` +
       `of the first and ${percent(b.load[top.layer][top.head])} of the second.`;
     paint();
+    if (seen) drawSides(a, b);
+  }
+  function drawSides(...parts) {
     forget.forEach((end) => end());
     const sides = byId("sides");
     sides.replaceChildren();
-    forget = [a, b].filter((part) => part.sequence).map((part) => {
-      const side = sides.appendChild(make("div"));
-      const [axis, number] = part.sequence, sequence = D.axes[axis].sequences[number];
-      return D.axes[axis].kind === "text" ? drawText(side, axis, sequence) : drawPicture(side, sequence.picture);
+    forget = parts.filter((part) => part.sequences.length).flatMap((part) => {
+      const pictured = D.axes[part.sequences[0][0]].kind === "image";
+      const side = sides.appendChild(make("div", { className: pictured ? "pictures" : "" }));
+      return part.sequences.map(([axis, number]) => {
+        const sequence = D.axes[axis].sequences[number];
+        return pictured ? drawPicture(side, sequence.picture) : drawText(side, axis, sequence);
+      });
     });
   }
+  // Texts beside each other take as long to draw as all of them above, and the page shall open at once.
+  new IntersectionObserver(([section], observer) => {
+    if (!section.isIntersecting) return;
+    observer.disconnect();
+    seen = true;
+    update();
+  }).observe(byId("compare"));
   first.addEventListener("change", update);
   second.addEventListener("change", update);
   update();
