@@ -78,6 +78,7 @@ def test_a_translator_shows_what_it_reads_and_what_it_writes(model, texts, tmp_p
 
     torch.manual_seed(0)
     tokenizer = store.load_tokenizer(model)
+    tokenizer.eos_token = tokenizer.pad_token
     config = MoATransformerConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_heads=4, head_dim=4, active_heads=2,
         encoder_layers=1, decoder_layers=1,

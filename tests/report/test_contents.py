@@ -159,7 +159,7 @@ def test_parts_of_speech_of_english_and_of_nothing_else():
     }  # fmt: skip
     assert dict(zip(expected, parts_of_speech([*expected]), strict=True)) == expected
     assert parts_of_speech(["Die", "Völker", "der", "Welt", "sollen", "in", "Frieden", "leben"]) is None
-    assert parts_of_speech(["def", "add", "(", "a", ",", "b", ")", ":", "return", "a", "+", "b"]) is None
+    assert parts_of_speech(["def", "add", "(", "one", ",", "other", ")", ":", "return", "total", "+", "x"]) is None
     assert parts_of_speech([]) is None
 
 

@@ -121,3 +121,16 @@ def test_dead_and_saturated_heads_in_plain_words():
     assert in_words({"layer 1": loads["layer 1"]}, {"layer 1": [0]}) == [
         "No head that competes is dead, and none is saturated."
     ]
+
+
+def test_layers_that_choose_nothing_and_layers_that_are_alike():
+    loads = {
+        "layer 0": Load(np.array([0.5, 0.5]), np.zeros(2), 9),
+        "layer 1": Load(np.array([0.51, 0.49]), np.zeros(2), 9),
+        "layer 2": Load(np.ones(2), np.zeros(2), 9),
+    }
+    assert in_words(loads, {}) == [
+        "No head that competes is dead, and none is saturated.",
+        "Every token uses all heads of layer 2: no head competes there.",
+        "In every layer the competing heads are used alike (entropy at least 1.00 of 1).",
+    ]

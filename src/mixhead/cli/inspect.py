@@ -79,7 +79,7 @@ def inspect(
         plot_load_by(contents, by, plot, layer) if by is not None else plot_loads(contents, plot)
         console.print(f"Wrote {plot}.", markup=False, highlight=False)
     if out is not None or not (terminal or plot):
-        heading = f"Which heads {Path(source).name} uses" if title is None else title
+        heading = f"Which heads {model_name(source)} uses" if title is None else title
         written = write_html(contents, out or Path("heads.html"), title=heading, pictures=recorded.pictures)
         size = written.stat().st_size / 1e6
         console.print(f"Wrote {written} ({size:.1f} MB): open it in a browser.", markup=False, highlight=False)
@@ -114,7 +114,7 @@ def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
     if len(given) > 1:
         raise MixheadError("Give one of texts (--text), a prompt (--prompt), pictures (--images) and --draw.")
     folder = model_folder(source)
-    about = {"model": Path(source).name}
+    about = {"model": model_name(source)}
     if inputs.images is not None:
         network = store.load(folder)
         try:
@@ -138,6 +138,12 @@ def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
         written = record_writing(model, tokenizer, inputs.prompt, path, new_tokens=inputs.tokens, about=about)
         return Recorded(written)
     return Recorded(record_texts(model, tokenizer, named, path, most_tokens=inputs.tokens, about=about))
+
+
+def model_name(source: str) -> str:
+    """What a model or a recording is called; the folder `model` of a training run is called like the run."""
+    path = Path(source).resolve()
+    return path.parent.name if path.name == "model" else path.name
 
 
 def name_and_text(given: str) -> tuple[str, list[str]]:

@@ -14,12 +14,13 @@ from mixhead.report.comparison import pyplot
 from mixhead.report.contents import Contents
 from mixhead.report.html import competing_heads
 from mixhead.report.names import short_names
-from mixhead.report.statistics import BAND
+from mixhead.report.statistics import ALWAYS, BAND
 from mixhead.tasks.progress import read_rows
 
 logger = logging.getLogger(__name__)
 
 ENDINGS = (".png", ".svg", ".pdf")
+ORDERED = ("position", "time_step")  # labels whose groups follow each other
 # Okabe and Ito's colours, told apart with any colour vision.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f6fc9")
 
@@ -31,19 +32,24 @@ def plot_load_by(contents: Contents, label: str, file: Path, layer: str | None =
         contents: a recording with labels.
         label: what to group by: `class`, `text`, `position`, `word class`, `time_step`, …
         file: the picture to write.
-        layer: by default the last one that routes, as in the paper.
-        most: at most so many groups, those with most tokens.
+        layer: by default the last one in which heads compete, as in the paper.
+        most: at most so many groups: those with most tokens, or spread evenly where they have an order.
 
     Raises:
         MixheadError: where nothing has that label.
     """
-    layer = contents.recording.layers[-1] if layer is None else layer
+    layer = last_that_chooses(contents) if layer is None else layer
     groups = [group for group in contents.groups_by(label) if layer in group.loads]
     if not groups:
         known = ", ".join(dict.fromkeys(group.label for group in contents.groups)) or "nothing"
         raise MixheadError(f"The tokens of {layer} are not grouped by {label!r}; they are by {known}.")
-    kept = sorted(groups, key=lambda group: -group.loads[layer].tokens)[:most]
-    groups = [group for group in groups if group in kept]
+    if label in ORDERED:
+        groups = [groups[place] for place in sorted({*np.linspace(0, len(groups) - 1, most).round().astype(int)})]
+        colours = pyplot().get_cmap("cividis")(np.linspace(0, 0.95, len(groups)))
+    else:
+        kept = sorted(groups, key=lambda group: -group.loads[layer].tokens)[:most]
+        groups = [group for group in groups if group in kept]
+        colours = COLOURS
     heads = competing_heads(contents, layer)
     plt = pyplot()
     figure, axes = plt.subplots(
@@ -59,7 +65,7 @@ def plot_load_by(contents: Contents, label: str, file: Path, layer: str | None =
             width,
             yerr=BAND * np.nan_to_num(load.error_H[heads]),
             error_kw={"linewidth": 0.6},
-            color=COLOURS[place % len(COLOURS)],
+            color=colours[place],
             label=group.value,
         )
     axes.set_xticks(range(len(heads)), [str(head) for head in heads], fontsize=8)
@@ -68,6 +74,12 @@ def plot_load_by(contents: Contents, label: str, file: Path, layer: str | None =
     axes.set_ylim(0, 1)
     figure.legend(title=label, fontsize=7, title_fontsize=7, ncols=4, loc="outside upper center", frameon=False)
     save(figure, file)
+
+
+def last_that_chooses(contents: Contents) -> str:
+    """The last layer whose tokens do not all use all heads; where there is none, the last that routes."""
+    layers = contents.recording.layers
+    return next((name for name in layers[::-1] if (contents.loads[name].share_H < ALWAYS).any()), layers[-1])
 
 
 def plot_loads(contents: Contents, file: Path) -> None:

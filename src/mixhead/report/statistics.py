@@ -26,6 +26,7 @@ Ints = NDArray[np.integer[Any]]
 BLOCK = 64
 BAND = 1.96  # standard errors on either side: a band of 95%
 NEVER, ALWAYS = 0.001, 0.999  # loads beyond which a head counts as dead or saturated
+ALIKE = 0.01  # of relative entropy, between layers that are called equally even
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def agreement(selected_TH: Bools, selected_TI: Bools) -> float:
     1 where tokens that use the same heads in one layer use the same heads in the other; 0 where knowing the heads of
     one layer says nothing of the other, or where a layer treats all tokens alike.
     """
+    if not len(selected_TH):
+        return 0.0
     first_TH, second_TI = selected_TH - selected_TH.mean(0), selected_TI - selected_TI.mean(0)
     scale = np.linalg.norm(first_TH.T @ first_TH) * np.linalg.norm(second_TI.T @ second_TI)
     return float((np.linalg.norm(first_TH.T @ second_TI) ** 2) / scale) if scale > 1e-12 else 0.0
@@ -161,10 +164,13 @@ def position_bins(position_T: Ints) -> tuple[Ints, dict[int, str]]:
 
 def in_words(loads: Mapping[str, Load], shared: Mapping[str, Sequence[int]]) -> list[str]:
     """What stands out, as sentences: dead and saturated heads, the least and the most even layer."""
-    dead, saturated = [], []
+    dead, saturated, whole = [], [], []
     evenness: dict[str, float] = {}
     for layer, load in loads.items():
         fixed = np.isin(np.arange(len(load.share_H)), shared.get(layer, []))
+        if load.tokens and (load.share_H > ALWAYS).all():
+            whole.append(layer)
+            continue
         dead += [f"head {h} of {layer}" for h in np.flatnonzero((load.share_H < NEVER) & ~fixed)]
         saturated += [f"head {h} of {layer}" for h in np.flatnonzero((load.share_H > ALWAYS) & ~fixed)]
         if (~fixed).sum() > 1:
@@ -179,8 +185,16 @@ def in_words(loads: Mapping[str, Load], shared: Mapping[str, Sequence[int]]) -> 
         )
     if not dead and not saturated and evenness:
         sentences.append("No head that competes is dead, and none is saturated.")
-    if len(evenness) > 1:
-        worst, best = min(evenness, key=evenness.__getitem__), max(evenness, key=evenness.__getitem__)
+    if whole:
+        sentences.append(f"Every token uses all heads of {listed(whole)}: no head competes there.")
+    if len(evenness) < 2:
+        return sentences
+    worst, best = min(evenness, key=evenness.__getitem__), max(evenness, key=evenness.__getitem__)
+    if evenness[best] - evenness[worst] < ALIKE:
+        sentences.append(
+            f"In every layer the competing heads are used alike (entropy at least {evenness[worst]:.2f} of 1)."
+        )
+    else:
         sentences.append(
             f"Heads are used least evenly in {worst} (entropy {evenness[worst]:.2f} of 1) and most evenly in {best} "
             f"({evenness[best]:.2f})."
