@@ -268,9 +268,8 @@ def subtitle(contents: Contents) -> str:
     tokens = max(load.tokens for load in contents.loads.values())
     name = f"{recording.about['model']}: " if "model" in recording.about else ""
     # A token of a source meets the encoder only: no token meets all heads of a model with several axes.
-    used = (
-        f"{active:,.1f} of them ({active / heads:.1%})" if len(contents.axes) == 1 else f"{active / heads:.1%} of its"
-    )
+    share = f"{active / heads:.1%}"
+    used = f"{active:,.1f} of them ({share})" if len(contents.axes) == 1 else f"{share} of those that it meets"
     return f"{name}{tokens:,} tokens, {len(recording.layers)} layers that route, {heads:,} heads; a token uses {used}."
 
 
