@@ -1,6 +1,7 @@
 """What a report reads off a recording; the terminal view and the figures made of it."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mixhead import MixheadError, Recording, record_routing
 from mixhead.report.contents import read_contents
 from mixhead.report.names import short_names
 from mixhead.report.parts_of_speech import parts_of_speech
-from mixhead.report.plots import health_plot, plot_load_by, plot_loads
+from mixhead.report.plots import health_plot, last_that_chooses, plot_load_by, plot_loads
 from mixhead.report.terminal import terminal_view
 from mixhead.report.word_classes import word_class
 from mixhead.report.words import joined_words, word_numbers
@@ -89,6 +90,16 @@ def test_figures_for_papers(tmp_path):
     with pytest.raises(MixheadError, match="is written as"):
         plot_loads(contents, tmp_path / "x.bmp")
     plot_load_by(read_contents(picture_recording(tmp_path / "images")), "class", tmp_path / "class.png")
+    drawn = read_contents(picture_recording(tmp_path / "drawn", steps=range(999, 0, -100)))
+    plot_load_by(drawn, "time_step", tmp_path / "time.svg", most=3)
+
+
+def test_the_figure_is_of_the_last_layer_that_chooses(tmp_path):
+    contents = read_contents(text_recording(tmp_path / "run"))
+    *_, before, last = contents.recording.layers
+    assert last_that_chooses(contents) == last
+    whole = replace(contents.loads[last], share_H=np.ones(4))
+    assert last_that_chooses(replace(contents, loads={**contents.loads, last: whole})) == before
 
 
 def test_a_picture_of_a_run_and_none_of_a_dense_one(tmp_path):

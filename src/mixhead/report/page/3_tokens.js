@@ -169,7 +169,8 @@ function drawControls() {
       byId("heads").replaceChildren(...chips);
     }
     byId("token-hint").textContent = state.head === null
-      ? "A token takes the colour of the rarest head that it used; the strip beneath shows all heads of the layer. " +
+      ? (axisOf(state.layer).kind === "image" ? "A patch takes the colour of the rarest head that it used. "
+        : "A token takes the colour of the rarest head that it used; the strip beneath shows all heads of the layer. ") +
         "Choose a head to light up its tokens. Keys: arrows move, [ and ] change the layer, 0 to 9 choose a head, Esc none."
       : `Lit: tokens that use head ${state.head} in ${layerName(state.layer)}, ${percent(D.layers[state.layer].load[state.head])} of all.`;
     if (state.token) describe(state.token.axisNumber, state.token.token, state.token.text, state.token.where);
