@@ -89,5 +89,7 @@ function inkOn(hex) {
 const ramp = (...names) => names.map((name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim());
 
 const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)}%`;
+/* A long name may be broken behind its dots, so that columns stay narrow. */
+const breakable = (name) => name.replace(/[._]/g, "$&\u200b");
 const layerName = (layer) => `layer ${D.layers[layer].short}`;
 const listing = (heads) => (heads.length ? heads.join(", ") : "none");

@@ -3,9 +3,7 @@ function drawMap(place, name, cellOf, rows = []) {
   const most = Math.max(...D.layers.map((layer) => layer.heads));
   const table = make("table", { className: "map", role: "grid", "aria-label": name });
   const top = make("tr", {}, make("th", { scope: "col", textContent: "head" }));
-  // A long name may be broken behind its dots, so that the columns stay narrow.
-  D.layers.forEach(({ short, name }) =>
-    top.append(make("th", { scope: "col", textContent: short.replace(/[._]/g, "$&\u200b"), title: name })));
+  D.layers.forEach(({ short, name }) => top.append(make("th", { scope: "col", textContent: breakable(short), title: name })));
   table.append(make("thead", {}, top));
   const body = make("tbody"), cells = [];
   for (let head = 0; head < most; head++) {

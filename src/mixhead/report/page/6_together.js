@@ -2,7 +2,7 @@
 function drawPairs(place, name, titles, rows, colourOf) {
   const table = make("table", { className: "map pairs", "aria-label": name });
   const top = make("tr", {}, make("td", { className: "none" }));
-  titles.forEach((title) => top.append(make("th", { scope: "col", textContent: title })));
+  titles.forEach((title) => top.append(make("th", { scope: "col", textContent: breakable(String(title)) })));
   table.append(make("thead", {}, top));
   const body = make("tbody");
   rows.forEach((values, i) => {
