@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from mixhead.report.contents import read_contents
 from mixhead.report.names import short_names
 from mixhead.report.parts_of_speech import parts_of_speech
 from mixhead.report.plots import health_plot, last_that_chooses, plot_load_by, plot_loads
-from mixhead.report.terminal import terminal_view
+from mixhead.report.statistics import Load
+from mixhead.report.terminal import load_map, terminal_view
 from mixhead.report.word_classes import word_class
 from mixhead.report.words import joined_words, word_numbers
 from mixhead.tasks.pieces import readable
@@ -76,6 +78,16 @@ def test_the_terminal_shows_it(tmp_path, kind):
     if kind == "texts":
         assert "<script>document.title='taken'</script>" in text.replace("\n", "")
         assert "\t" not in text
+
+
+def test_long_names_of_layers_are_listed_above_the_map():
+    def load_map_of(*layers):
+        loads = dict.fromkeys(layers, Load(np.ones(1), np.zeros(1), 1))
+        contents = SimpleNamespace(recording=SimpleNamespace(layers=layers), loads=loads)
+        return load_map(contents, list(layers)).plain.splitlines()[1:]
+
+    assert load_map_of("0", "1") == [" head  0 1", "    0  █ █"]
+    assert load_map_of("encoder.0", "decoder.0") == ["layers: 0 encoder.0, 1 decoder.0", " head  0 1", "    0  █ █"]
 
 
 def test_figures_for_papers(tmp_path):

@@ -15,6 +15,7 @@ from mixhead.report.statistics import in_words
 
 # From light to full, so that the map can be read without colours too.
 SHADES = " ░▒▓█"
+WIDEST = 6  # characters of a column
 COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#8c9eff", "#bbbbbb")
 
 
@@ -42,11 +43,16 @@ def terminal_view(contents: Contents, layer: str | None = None, most_tokens: int
 def load_map(contents: Contents, short: Sequence[str]) -> Text:
     """Heads down, layers across; a darker cell is used by more tokens."""
     loads = [contents.loads[name].share_H for name in contents.recording.layers]
-    width = max(map(len, short)) + 1
     text = Text(
         "Load of every head  (" + "  ".join(f"{s or ' '}{s or ' '} {25 * i}%" for i, s in enumerate(SHADES)) + ")\n"
     )
-    text.append("head ".rjust(6) + "".join(name.rjust(width) for name in short) + "\n", style="dim")
+    numbers = [str(number) for number in range(len(short))]
+    columns = [*short] if max(map(len, short)) <= WIDEST else numbers
+    if columns != [*short]:  # the names would not fit beside each other
+        named = (f"{column} {name}" for column, name in zip(columns, short, strict=True))
+        text.append(f"layers: {', '.join(named)}\n", style="dim")
+    width = max(map(len, columns)) + 1
+    text.append("head ".rjust(6) + "".join(name.rjust(width) for name in columns) + "\n", style="dim")
     for head in range(max(map(len, loads))):
         text.append(f"{head:>5} ", style="dim")
         for load_H in loads:
