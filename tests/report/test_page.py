@@ -240,4 +240,5 @@ def test_it_prints(texts, open_page):
     page = open_page(texts)
     page.emulate_media(media="print")
     assert not page.locator("#theme").is_visible()
+    assert page.locator("#first").is_visible()
     assert page.pdf().startswith(b"%PDF")

@@ -183,6 +183,9 @@ def in_words(loads: Mapping[str, Load], shared: Mapping[str, Sequence[int]]) -> 
             f"Saturated: {listed(saturated)} {were(saturated)} used by practically every token (over 99.9%), though "
             f"{'they compete' if len(saturated) > 1 else 'it competes'} with the others."
         )
+    tokens = max((load.tokens for load in loads.values()), default=0)
+    if (dead or saturated) and tokens < 1 / NEVER:
+        sentences.append(f"These are {tokens:,} tokens, few for such findings: others may use these heads differently.")
     if not dead and not saturated and evenness:
         sentences.append("No head that competes is dead, and none is saturated.")
     if whole:
