@@ -84,25 +84,29 @@ class ImageTrainer(RunMixin):
         del num_items_in_batch
         outputs, routings, coefficient = self.routed(model, inputs["pixel_values"])
         cross_entropy = F.cross_entropy(outputs.logits.float(), inputs["targets"])
-        loss = cross_entropy
-        balances = [routing.balance_loss for routing in routings if routing.probs_BNH is not None]
-        if balances:
-            loss = loss + coefficient * torch.stack(balances).mean()
-            self.note_routings(routings, self.equal_share)
+        loss = cross_entropy + self.balance(routings, coefficient)
         self.note(self.equal_share, loss=loss, cross_entropy=cross_entropy)
         return (loss, outputs) if return_outputs else loss
 
-    def routed(self, model: nn.Module, pixels_BCYX: Tensor) -> tuple[Any, list[Routing], float]:
+    def balance(self, routings: list[Routing], coefficient: float) -> Tensor | float:
+        """The mean balance loss of the layers whose heads compete, times its coefficient; noted for the log."""
+        balances = [routing.balance_loss for routing in routings if routing.probs_BNH is not None]
+        if not balances:
+            return 0.0
+        self.note_routings(routings, self.equal_share)
+        return coefficient * torch.stack(balances).mean()
+
+    def routed(self, model: nn.Module, pixels_BCYX: Tensor, **asked: Any) -> tuple[Any, list[Routing], float]:
         """The output of the model, the routings of its layers, and the weight of their balance loss."""
         if isinstance(self.base_model, MoHTransNeXtForImageClassification):
-            outputs = model(pixel_values=pixels_BCYX, output_routing=True)
+            outputs = model(pixel_values=pixels_BCYX, output_routing=True, **asked)
             return outputs, list(outputs.routing), self.base_model.config.balance_coefficient
         if isinstance(self.base_model, MoHModelMixin):
             trace = RoutingTrace()
-            outputs = model(pixel_values=pixels_BCYX, routing_trace=trace)
+            outputs = model(pixel_values=pixels_BCYX, routing_trace=trace, **asked)
             coefficient = self.base_model.config.moh["balance_coefficient"]
             return outputs, [routing for _, routing in trace.layers], coefficient
-        return model(pixel_values=pixels_BCYX), [], 0.0
+        return model(pixel_values=pixels_BCYX, **asked), [], 0.0
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The images in the order of `ImageOrder`."""
