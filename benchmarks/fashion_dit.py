@@ -29,6 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mixhead.tasks.drawing import write_png
@@ -135,7 +136,9 @@ def write_results(arguments: argparse.Namespace) -> None:
     for arm in ARMS:
         pictures = sorted(arguments.runs.glob(f"{arm.rstrip('%')}-*/grid.png"))
         if pictures:
-            (IMAGES / f"fashion-dit-{arm.rstrip('%')}.png").write_bytes(pictures[0].read_bytes())
+            with Image.open(pictures[0]) as small:
+                twice = small.resize((2 * small.width, 2 * small.height), Image.Resampling.NEAREST)
+            twice.save(IMAGES / f"fashion-dit-{arm.rstrip('%')}.png", optimize=True)
 
 
 def report(found: list[dict], arguments: argparse.Namespace) -> str:
