@@ -18,8 +18,8 @@ from mixhead.tasks.training import HEALTH
 class ImageDistiller(ImageTrainer):
     """The distance of the student's final hidden states from its teacher's, and the balance loss of the routers.
 
-    Final norm and head take no part and stay as they are. Positions are compared after a layer norm without weights, as the
-    targets of data2vec are (arXiv 2202.03555, section 3.3), so that no channel or token outweighs the others.
+    Final norm and head take no part and stay as they are. Positions are compared after a layer norm without weights, as
+    the targets of data2vec are (arXiv 2202.03555, section 3.3), so that none outweighs the others by its norm.
 
     Args:
         model: the student.
@@ -40,7 +40,7 @@ class ImageDistiller(ImageTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean squared distance over positions and channels, and the balance loss times its coefficient."""
+        """The distance of the hidden states, and the balance loss times its coefficient."""
         del num_items_in_batch
         pixels_BCYX = inputs["pixel_values"]
         with torch.no_grad():
@@ -67,6 +67,8 @@ def final_states(outputs: Any) -> Tensor:
 def normed_distance(states_BNC: Tensor, wanted_BNC: Tensor) -> Tensor:
     """Mean squared difference, 0-d, after both were given mean 0 and variance 1 over the channels.
 
+    The class token, which comes first, counts as much as all patches: what is built on a model reads it or their mean.
+
     Raises:
         MixheadError: where the shapes differ.
     """
@@ -76,4 +78,6 @@ def normed_distance(states_BNC: Tensor, wanted_BNC: Tensor) -> Tensor:
             f"{list(states_BNC.shape)}: distillation needs the dense model that the student was converted from."
         )
     channels = states_BNC.shape[-1:]
-    return F.mse_loss(F.layer_norm(states_BNC.float(), channels), F.layer_norm(wanted_BNC.float(), channels))
+    difference_BNC = F.layer_norm(states_BNC.float(), channels) - F.layer_norm(wanted_BNC.float(), channels)
+    squares_BN = difference_BNC.square().mean(-1)
+    return 0.5 * (squares_BN[:, 0].mean() + squares_BN[:, 1:].mean())
