@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixhead
+from mixhead.ops.crossover import cpu_model
 from mixhead.tasks.evaluate import Accuracy, Perplexity, Row, Table, perplexity
 from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
 from mixhead.tasks.smollm2 import smollm2_folder
@@ -202,7 +202,7 @@ def make_table(arguments: argparse.Namespace) -> Table:
         *other,
         f"python benchmarks/language_model.py --run RUNS --tokens {arguments.tokens} --tasks {arguments.tasks}",
         f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{torch.get_num_threads()} threads, {processor()}.",
+        f"{torch.get_num_threads()} threads, {cpu_model()}.",
     )
     return Table("SmolLM2-135M as mixture-of-head", tuple(rows), notes)
 
@@ -230,13 +230,6 @@ def make_row(arm: Arm, name: str, done: dict[str, Any], when: str, tokens: int) 
         seconds=seconds,
         original=name == "original",
     )
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -209,14 +209,14 @@ class NoisedOrder(Dataset[dict[str, Tensor]]):
     def __init__(self, inputs: TrainingInputs, length: int, config: NoisingConfig) -> None:
         self.inputs, self.length, self.config = inputs, length, config
         self._labels_M = inputs.labels_M
-        self._images = ShuffledRounds(len(self._labels_M), config.seed * SEED_STRIDE**2)
+        self.images = ShuffledRounds(len(self._labels_M), config.seed * SEED_STRIDE**2)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         config = self.config
-        index = self._images[number]
+        index = self.images[number]
         generator = torch.Generator().manual_seed(config.seed * SEED_STRIDE**2 + SEED_STRIDE + number)
         mirrored, dropped = torch.rand(2, generator=generator) < torch.tensor([0.5, config.class_dropout])
         image = self.inputs.read(index, self.inputs.mirrors and bool(mirrored), generator)
