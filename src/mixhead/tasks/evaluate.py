@@ -10,8 +10,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
+from mixhead.modes import autocast_to, evaluation_mode
 
 if TYPE_CHECKING:
     import rich.table
@@ -116,10 +116,7 @@ def perplexity(
 
 def _window_nll(model: nn.Module, ids_BT: Tensor, autocast: torch.dtype | None, first: int) -> list[float]:
     """Mean negative log-likelihood of each window of a batch whose first window has the number `first`."""
-    mixed: AbstractContextManager[Any] = (
-        nullcontext() if autocast is None else torch.autocast(ids_BT.device.type, dtype=autocast)
-    )
-    with mixed:
+    with autocast_to(autocast, ids_BT.device):
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     means: list[float] = []
     for row, (ids_T, logits_TV) in enumerate(zip(ids_BT, logits_BTV, strict=True)):
@@ -132,18 +129,6 @@ def _window_nll(model: nn.Module, ids_BT: Tensor, autocast: torch.dtype | None, 
             )
         means.append(mean)
     return means
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the mode of each module as it was outside (some may be frozen on purpose)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def paired_ratio(new: Perplexity, base: Perplexity) -> tuple[float, float]:
