@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import MoHModelMixin, RoutingTrace
-from mixhead.models.hugging_face.model import balance_term, target_share
+from mixhead.models.hugging_face.balance import balance_term, target_share
 from mixhead.tasks.distill import next_token_losses
 from mixhead.tasks.shuffling import SEED_STRIDE, ShuffledRounds
 from mixhead.tasks.training import HEALTH, RunMixin, training_arguments
