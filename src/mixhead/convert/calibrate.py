@@ -243,7 +243,7 @@ class Calibration:
         autocast = autocast_to(self.config.autocast, device_of(self.model))
         with evaluation_mode(self.model), torch.no_grad(), autocast:
             fits = self.fit_scores(self.measure_means())
-            shared = {site.name: self.choose_shared(site, i, fits[site.name]) for i, site in enumerate(self.sites)}
+            shared = {site.name: self.choose_shared(i, fits[site.name]) for i, site in enumerate(self.sites)}
             counts = {site.name: self.candidate_counts(i) for i, site in enumerate(self.sites)}
             losses, totals = self.measure_losses(fits, shared, counts)
             sensitivity: dict[str, float] = {}
@@ -285,7 +285,7 @@ class Calibration:
         self.tokens_seen = int(next(iter(trace.gram.values()))[-1, -1])
         return {site.name: trace.fit(site.name, self.config.ridge) for site in self.sites}
 
-    def choose_shared(self, site: AttentionSite, index: int, fit: LayerFit) -> Tensor:
+    def choose_shared(self, index: int, fit: LayerFit) -> Tensor:
         """Step 2: the heads with the largest mean contribution, equally many in every group: bool [H]."""
         count = self.heads[index].shared_heads
         return grouped_top_k_mask(fit.mean_norm_H[None, None], count, self.groups[index])[0, 0]
