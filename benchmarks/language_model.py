@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixhead
 from mixhead.ops.crossover import cpu_model
-from mixhead.tasks.evaluate import Accuracy, Perplexity, Row, Table, perplexity
+from mixhead.tasks.evaluate import Accuracy, Perplexity, Row, Table, heads_of, perplexity
 from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
 from mixhead.tasks.smollm2 import smollm2_folder
 from mixhead.tasks.text import text_source, token_windows
@@ -156,9 +156,7 @@ def evaluate(
     model: Any, tokenizer: Any, when: str, done: dict[str, Any], arguments: argparse.Namespace, save: Callable[[], None]
 ) -> None:
     """Perplexities, and the tasks if they are wanted."""
-    layers = model.config.moh["layers"] if isinstance(getattr(model.config, "moh", None), dict) else None
-    heads = model.config.num_attention_heads
-    active = heads if layers is None else sum(layer["active_heads"] for layer in layers) / len(layers)
+    active, heads = heads_of(model)
     done.setdefault(when, {"active": active, "heads": heads})
     texts: dict[str, Callable[[], Tensor]] = {
         "test": lambda: token_windows(tokenizer, text_source("addresses", "test"), WINDOW, TEST_WINDOWS)

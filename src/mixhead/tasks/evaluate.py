@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixhead.errors import MixheadError
+from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.modes import autocast_to, evaluation_mode
 
 if TYPE_CHECKING:
@@ -129,6 +131,15 @@ def _window_nll(model: nn.Module, ids_BT: Tensor, autocast: torch.dtype | None, 
             )
         means.append(mean)
     return means
+
+
+def heads_of(model: PreTrainedModel) -> tuple[float, int]:
+    """(heads that a token uses in an average layer, heads of a layer) of a language model, converted or not."""
+    if isinstance(model, MoHModelMixin):
+        layers = model.config.moh["layers"]
+        return sum(layer["active_heads"] for layer in layers) / len(layers), layers[0]["num_heads"]
+    heads = model.config.num_attention_heads
+    return heads, heads
 
 
 def paired_ratio(new: Perplexity, base: Perplexity) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from mixhead.tasks.shuffling import SEED_STRIDE, ShuffledRounds
 from mixhead.tasks.text import ADDRESSES, Split, read_text_file, text_source, token_windows
 from mixhead.tasks.token_batches import RunBatches
 from mixhead.tasks.training import TrainingResult
-from mixhead.tasks.vocabulary import check_vocabulary, load_vocabulary, train_vocabulary
+from mixhead.tasks.vocabulary import check_vocabulary, load_vocabulary, vocabulary_for
 
 # Names of the files of WikiText-103 in its folder, as published and as Hugging Face writes them.
 WIKITEXT_FILES = ("wiki.{part}.tokens", "wiki.{part}.raw")
@@ -127,10 +127,7 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
     """
     config = settings_from(MaskedLMConfig, recipe.values)
     texts = masked_texts(config.data, "train")
-    if isinstance(config.vocabulary, str):
-        tokenizer = load_vocabulary(config.vocabulary)
-    else:
-        tokenizer = train_vocabulary(texts, config.vocabulary)
+    tokenizer = vocabulary_for(config.vocabulary, texts)
     set_seed(config.seed)
     model = MoAForMaskedLM(model_config(MoAEncoderConfig, config.model, len(tokenizer)))
     windows_WN = token_windows(tokenizer, texts, config.window)
