@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -22,10 +22,7 @@ from mixhead.tasks.image_batches import ImageOrder, MixingCollator, TrainTransfo
 from mixhead.tasks.image_data import LabelledImages, part
 from mixhead.tasks.image_train_config import ImageTrainConfig
 from mixhead.tasks.progress import read_rows
-from mixhead.tasks.training import HEALTH, RunMixin, training_arguments
-
-# Not reentrant: that form runs the routers without gradients, and the balance loss would be lost.
-CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+from mixhead.tasks.training import CHECKPOINTING, HEALTH, RunMixin, training_arguments
 
 
 class ImageTrainer(RunMixin):
@@ -64,6 +61,7 @@ class ImageTrainer(RunMixin):
                 f"epochs={config.epochs} of {len(images.labels):,} images do not reach for one optimizer step, which "
                 f"reads {per_step:,}."
             )
+        self.learning_rate_factor = partial(config.factor, steps=arguments.max_steps)
         arguments.save_steps = max(round(config.save_every * steps_per_epoch), 1)
         transform = TrainTransform(
             size=image_side(processor),
@@ -108,20 +106,6 @@ class ImageTrainer(RunMixin):
             return outputs, [routing for _, routing in trace.layers], coefficient
         return model(pixel_values=pixels_BCYX, **asked), [], 0.0
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """The images in the order of `ImageOrder`."""
-        assert isinstance(self.train_dataset, ImageOrder)
-        loader = DataLoader(
-            self.train_dataset,
-            self.training.batch_size,
-            sampler=SequentialSampler(self.train_dataset),
-            collate_fn=self.data_collator,
-            num_workers=self.training.dataloader_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.training.dataloader_workers > 0,
-        )
-        return self.accelerator.prepare(loader)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; what the model exempts, or else all biases and norms, has no weight decay."""
         if self.optimizer is not None:
@@ -141,16 +125,6 @@ class ImageTrainer(RunMixin):
             fused=self.args.device.type in ("cpu", "cuda"),
         )
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
-        """The learning rates by `ImageTrainConfig.factor`."""
-        if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.create_optimizer() if optimizer is None else optimizer,
-                lambda step: self.training.factor(step, num_training_steps),
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
 
 
 class Evaluations(TrainerCallback):
