@@ -262,7 +262,8 @@ def words_of_tokens(tokens: Tokens, texts: Sequence[str]) -> list[Word]:
     """The word that each token is in; [] where the tokens say nothing."""
     order = reading_order(tokens)[: len(texts)]
     read = [texts[row] for row in order]
-    numbers = word_numbers(read, np.diff(tokens.sequence[order], prepend=-1) != 0)
+    begins = np.diff(tokens.sequence[order], prepend=-1) != 0
+    numbers = word_numbers(read, begins.tolist())
     spelled = joined_words(read, numbers)
     speech = parts_of_speech(spelled) or [""] * len(spelled)
     found: list[Word] = [Word("", "")] * len(texts)
