@@ -26,26 +26,27 @@ constexpr int64_t kMostRows = 32;     // of any key-value head
 constexpr int64_t kKeyBlock = 64;     // values that stay in the first cache while several tiles of rows pass
 constexpr int64_t kAheadBytes = 4096; // how far ahead of its use memory is asked for
 
-// Rows of a key-value head, on average; with more, whole blocks are faster, in bf16 sooner where the CPU multiplies it.
+// Rows of a key-value head, on average; with more, whole blocks are faster. In bf16 that is sooner where the CPU multiplies
+// it, unless there are too few keys to make up for packing them.
+template <class In>
+inline int64_t most_rows(const Shape& s) {
 #if defined(__AVX512BF16__)
-template <class In>
-constexpr int64_t kFewRows = std::is_same_v<In, float> ? 16 : 8;
-#else
-template <class In>
-constexpr int64_t kFewRows = 16;
+  if (std::is_same_v<In, BFloat> && s.T > 64) return 8;
 #endif
+  return 16;
+}
 
 template <class In>
 inline bool few_rows(const Shape& s, const View<const bool>& selected) {
-  const int64_t most = s.N * s.groups();
-  if (most <= kFewRows<In> || most > 2 * kFewRows<In>) return most <= kFewRows<In>;
+  const int64_t few = most_rows<In>(s), most = s.N * s.groups();
+  if (most <= few || most > 2 * few) return most <= few;
   int64_t count = 0;
   for (int64_t b = 0; b < s.B; ++b) {
     for (int64_t n = 0; n < s.N; ++n) {
       for (int64_t h = 0; h < s.H; ++h) count += *selected.at(b, h, n);
     }
   }
-  return count <= kFewRows<In> * s.B * s.K;
+  return count <= few * s.B * s.K;
 }
 
 inline Vec load_wide(const float* p) { return load(p); }
@@ -93,6 +94,26 @@ inline Vec sums_of_lanes(const Vec* x) {
   } else {
     return add_neighbours(sums_of_lanes<Count / 2>(x), sums_of_lanes<Count / 2>(x + Count / 2));
   }
+}
+
+inline float largest_lane(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float largest = x[0];
+  for (int i = 1; i < kLanes; ++i) largest = std::max(largest, x[i]);
+  return largest;
+#endif
+}
+
+inline float sum_of_lanes(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = 0.f;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
+#endif
 }
 
 // Calls `use(number of rows at a time, first row)` with 4, 2 or 1 at a time, known when compiling.
@@ -177,7 +198,7 @@ class Decode {
   View<const bool> selected;
   Mask mask;
   View<In> out;
-  float* stats;  // as in attention.h
+  float* stats;  // as in views.h
 
   void reserve() {
     partial_.reset(new float[lists() * pieces() * partial_size()]);
@@ -328,24 +349,25 @@ class Decode {
     }
   }
 
-  // Scores -> probabilities over their sum, in place.
+  // Scores -> probabilities over their sum, in place. Scores of hidden keys may be anything.
   void softmax(float* scores, const float* bias, int64_t keys, float* max, float* sum) const {
     const int64_t padded = round_up(keys, kLanes);
-    for (int64_t t = 0; t < keys; ++t) {
-      const float x = scores[t] * (s.scale * kLog2e);
-      scores[t] = bias == nullptr ? x : bias[t] == -kInfinity ? -kInfinity : x + bias[t];
+    const Vec factor = all(s.scale * kLog2e), hidden = all(-kInfinity);
+    for (int64_t t = 0; t < padded; t += kLanes) {
+      const Vec x = load(scores + t) * factor;
+      const Vec b = bias == nullptr ? all(0.f) : load(bias + t);
+      store(scores + t, b == hidden ? hidden : x + b);
     }
     std::fill(scores + keys, scores + padded, -kInfinity);
     Vec largest = all(kLowest), total = all(0.f);
     for (int64_t t = 0; t < padded; t += kLanes) largest = larger(load(scores + t), largest);
-    for (int i = 0; i < kLanes; ++i) *max = i == 0 ? largest[0] : std::max(*max, largest[i]);
+    *max = largest_lane(largest);
     for (int64_t t = 0; t < padded; t += kLanes) {
       const Vec p = exp2(load(scores + t) - *max);
       store(scores + t, p);
       total += p;
     }
-    *sum = 0.f;
-    for (int i = 0; i < kLanes; ++i) *sum += total[i];
+    *sum = sum_of_lanes(total);
   }
 
   void add_values(const float* probs, int64_t rows, const In* values, int64_t keys, float* to) const {
@@ -389,8 +411,10 @@ class Decode {
       }
       const int64_t h = rows.h[r], n = rows.n[r], at = (rows.b * s.H + h) * s.N + n;
       const float inverse = sum == 0.f ? 0.f : 1.f / sum, factor = inverse * widen(*gates.at(rows.b, h, n));
-      stats[at] = max;
-      stats[size + at] = inverse;
+      if (stats) {
+        stats[at] = max;
+        stats[size + at] = inverse;
+      }
       In* to = out.at(rows.b, h, n);
       for (int64_t d = 0; d < s.D; ++d) narrow(total[d] * factor, to + d);
     }
