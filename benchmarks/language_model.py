@@ -44,6 +44,7 @@ class Arm:
     config: mixhead.MoHConfig | None
     balance_coefficient: float | None = None
     budget: str = "sensitivity"
+    refit_output: bool = True
     tuned: bool = True
 
 
@@ -67,6 +68,8 @@ ARMS = {
     "shared-2-7": Arm("2 of 7 heads shared", ours(7, 2), tuned=False),
     "shared-4-7": Arm("4 of 7 heads shared", ours(7, 4), tuned=False),
     "balanced-6": Arm("2 of 3 heads in every group", ours(6, 0, group_balanced=True), tuned=False),
+    "original-output-7": Arm("output projections kept", ours(7, 0), refit_output=False, tuned=False),
+    "original-output-6": Arm("output projections kept", ours(6, 0), refit_output=False, tuned=False),
     "mixhead-5": Arm("mixhead, calibrated", ours(5, 0), tuned=False),
 }
 
@@ -128,7 +131,7 @@ def convert(model: Any, arm: Arm, tokenizer: Any) -> tuple[Any, float]:
         mixhead.convert(model, arm.config)
         if arm.config.router == "linear":
             windows_WT = token_windows(tokenizer, text_source("addresses", "calibration"), WINDOW, 32)
-            config = mixhead.CalibrationConfig(autocast=BF16, budget=arm.budget)
+            config = mixhead.CalibrationConfig(autocast=BF16, budget=arm.budget, refit_output=arm.refit_output)
             report = mixhead.calibrate(model, windows_WT.split(4), config)
             print([layer.active_heads for layer in report.layers])
     return model, time.perf_counter() - begin

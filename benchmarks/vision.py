@@ -1,39 +1,51 @@
-"""MoH-ViT against the plain form of the same model: aggregated attention alone, the whole model, a training step.
+"""MoH-ViT against the plain form of the same model: forward pass and training step, time and peak memory.
 
-    python benchmarks/vision.py [--names moh-vit-b-75 transnext-base] [--size 224] [--batch 2] [--pairs 7] [--train]
+    python benchmarks/vision.py [--names moh-vit-b-75 transnext-base] [--size 224] [--batch 2] [--threads 1]
 
-The plain form unfolds every window and computes every head, then multiplies by the gates, as the published code does;
-it shares all weights. Each pair runs both, one after the other; the median of the ratios is printed, in CPU time of
-this process. Before anything is timed, both must agree. The floor is what the multiplications of the plain form's
-layers alone would take at the rate of a large matrix product, measured between the pairs.
+The plain form unfolds every window and computes every head, then multiplies by the gates, and makes the MLP's
+convolution, activation and product one after the other, as the published code does; it shares all weights. Both must
+agree before anything is timed. In each round both run, one after the other, and a matrix product between them: the
+ratios are medians over the rounds, by CPU time with one thread and by the clock on the wall with more.
+
+The floor is the time that the plain form's multiplications alone would take as large matrix products: their number
+(PyTorch's FlopCounterMode; a training step counts three times) divided by the rate of a product of two matrices of
+1,024 x 1,024 in the same round. It leaves out what no implementation can: reading the images, exponentials, norms.
+
+Peak memory is what one run adds, at its most, to the process that holds weights and images; each is measured in a
+process of its own.
 """
 
 import argparse
+import multiprocessing
+import platform
 import statistics
-import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from mixhead.bench.memory import give_back_freed, growth
+from mixhead.bench.timing import race
 from mixhead.models.moh_vit import PUBLISHED, MoHTransNeXtConfig, MoHTransNeXtForImageClassification
 from mixhead.models.moh_vit import attention as attention_module
 from mixhead.models.moh_vit.attention import PositionBias
 from mixhead.models.moh_vit.modeling import ConvolutionalGLU
 from mixhead.ops import RelativeBias, aggregated_attention
 
+SIDE, PRODUCTS = 1024, 8  # of the matrices whose product tells the rate, and how many are made in a round
+HEADER = """| model | pass | plain | ours | floor | plain / ours | ours / floor | peak MiB, plain | ours |
+|---|---|---|---|---|---|---|---|---|"""
+
 
 class Plain:
     """Puts the plain forms of the attention, the MLP and the position biases in place."""
 
     def __enter__(self):
-        self.kept = (
-            attention_module.aggregated_attention,
-            ConvolutionalGLU.forward,
-            PositionBias.forward,
-        )
+        self.kept = attention_module.aggregated_attention, ConvolutionalGLU.forward, PositionBias.forward
         attention_module.aggregated_attention = partial(aggregated_attention, impl="reference")
         ConvolutionalGLU.forward = plain_mlp
         PositionBias.forward = plain_bias
@@ -52,75 +64,106 @@ def plain_bias(self, positions):
     return RelativeBias(self.table(positions), positions.row_YU, positions.column_XV)
 
 
-def cpu_time(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def forward(model, images):
-    with torch.no_grad():
-        return model(images).logits
-
-
-def train_step(model, images, labels):
-    model.zero_grad()
-    model(images, labels=labels).loss.backward()
-
-
 def in_plain(function: Callable[[], object]) -> object:
     with Plain():
         return function()
 
 
-def check(model, images):
-    """Refuses to time a model that computes something else."""
-    with torch.no_grad():
-        ours, plain = model(images).logits, in_plain(lambda: model(images).logits)
-    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+class Subject:
+    """A model with random weights, random images, and the two passes."""
+
+    def __init__(self, name: str, size: int, batch: int) -> None:
+        torch.manual_seed(0)
+        self.model = MoHTransNeXtForImageClassification(MoHTransNeXtConfig.named(name, drop_path_rate=0.0))
+        self.images = torch.randn(batch, 3, size, size)
+        self.labels = torch.randint(0, 1000, (batch,))
+
+    def forward(self) -> torch.Tensor:
+        self.model.eval()
+        with torch.no_grad():
+            return self.model(self.images).logits
+
+    def train(self) -> None:
+        self.model.train()
+        self.model.zero_grad()
+        self.model(self.images, labels=self.labels).loss.backward()
+
+    def check(self) -> None:
+        """Refuses to time a model that computes something else."""
+        plain = in_plain(self.forward)
+        torch.testing.assert_close(self.forward(), plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+    def multiplications(self) -> float:
+        """Floating point operations of a forward pass of the plain form."""
+        with FlopCounterMode(display=False) as counter:
+            in_plain(self.forward)
+        return counter.get_total_flops()
 
 
-def multiplications(model, images) -> float:
-    with FlopCounterMode(display=False) as counter:
-        in_plain(lambda: forward(model, images))
-    return counter.get_total_flops()
+def peaks(options: argparse.Namespace, name: str, which: str) -> list[float]:
+    """MiB that a run adds, in the plain form and in ours."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        return [pool.apply(peak, (options, name, which, plain)) for plain in (True, False)]
 
 
-def matrix_time(flops: float) -> float:
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    return cpu_time(lambda: [a @ b for _ in range(4)]) / (4 * 2 * 1024**3) * flops
+def peak(options: argparse.Namespace, name: str, which: str, plain: bool) -> float:
+    torch.set_num_threads(options.threads)
+    run = getattr(Subject(name, 64, 1), which)  # the libraries' own pages are no part of the run
+    in_plain(run) if plain else run()
+    run = getattr(Subject(name, options.size, options.batch), which)
+    give_back_freed()
+    return growth(partial(in_plain, run) if plain else run)
+
+
+def row(options: argparse.Namespace, name: str, which: str) -> str:
+    subject = Subject(name, options.size, options.batch)
+    subject.check()
+    flops = subject.multiplications() * (3 if which == "train" else 1)
+    run, a, b = getattr(subject, which), torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    rounds = race([partial(in_plain, run), run, lambda: [a @ b for _ in range(PRODUCTS)]], options.rounds, 0.0)
+    clock = "cpu" if options.threads == 1 else "wall"
+    plain, ours, products = (getattr(times, clock) for times in rounds)
+    floor = [time / (PRODUCTS * 2 * SIDE**3) * flops for time in products]
+    cells = [
+        f"{name}, {flops / 1e9:.0f} GFLOP",
+        "training step" if which == "train" else "forward",
+        *(f"{statistics.median(times):.2f} s" for times in (plain, ours, floor)),
+        *(
+            f"{statistics.median(x / y for x, y in zip(*pair, strict=True)):.2f}"
+            for pair in ((plain, ours), (ours, floor))
+        ),
+        *(f"{mib:,.0f}" for mib in peaks(options, name, which)),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def cpu_name() -> str:
+    """The CPU as the system calls it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="+", default=["moh-vit-b-75"], choices=list(PUBLISHED))
+    parser.add_argument("--passes", nargs="+", default=["forward", "train"], choices=["forward", "train"])
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--train", action="store_true", help="a training step instead of a forward pass")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    clock = "CPU time" if options.threads == 1 else "wall time"
     print(
-        f"| model | {'training step' if options.train else 'forward'} | plain | floor | plain / ours | ours / floor |"
+        f"{options.batch} images of {options.size} px, {options.threads} thread(s), {clock}, {options.rounds} rounds, "
+        f"float32; {datetime.now(UTC):%Y-%m-%d}, PyTorch {torch.__version__}, {cpu_name()} "
+        f"({torch.backends.cpu.get_cpu_capability()})\n\n{HEADER}"
     )
-    print("|---|---|---|---|---|---|")
     for name in options.names:
-        torch.manual_seed(0)
-        model = MoHTransNeXtForImageClassification(MoHTransNeXtConfig.named(name, drop_path_rate=0.0)).eval()
-        images = torch.randn(options.batch, 3, options.size, options.size)
-        labels = torch.randint(0, 1000, (options.batch,))
-        check(model, images)
-        flops = multiplications(model, images) * (3 if options.train else 1)
-        model.train(options.train)
-        run = (lambda: train_step(model, images, labels)) if options.train else (lambda: forward(model, images))  # noqa: B023
-        rows = []
-        for _ in range(options.pairs + 1):
-            rows.append((cpu_time(run), cpu_time(lambda: in_plain(run)), matrix_time(flops)))  # noqa: B023
-        ours, plain, floor = (statistics.median(column) for column in zip(*rows[1:], strict=True))
-        ratio = statistics.median(p / o for o, p, _ in rows[1:])
-        above = statistics.median(o / f for o, _, f in rows[1:])
-        print(f"| {name} | {ours:.2f} s | {plain:.2f} s | {floor:.2f} s | {ratio:.2f} | {above:.2f} |", flush=True)
+        for which in options.passes:
+            print(row(options, name, which), flush=True)
 
 
 if __name__ == "__main__":

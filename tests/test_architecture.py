@@ -31,7 +31,7 @@ STRANGERS = {
 }
 
 # Heavy or optional: `import mixhead` must neither need nor load them.
-LAZY = ("triton", "lm_eval", "matplotlib", "peft", "datasets")
+LAZY = ("triton", "lm_eval", "matplotlib", "peft", "datasets", "diffusers")
 
 MAX_LINES = 600
 

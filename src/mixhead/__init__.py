@@ -5,10 +5,11 @@ from mixhead.convert import CalibrationConfig, CalibrationReport, MoHConfig, cal
 from mixhead.convert.store import load, save
 from mixhead.errors import MixheadError
 from mixhead.interop import from_official
-from mixhead.models.hugging_face import RoutingLog, RoutingTrace, record_routing, register_with_transformers
+from mixhead.models.hugging_face import RoutingTrace, register_with_transformers
+from mixhead.models.moa import register_moa
 from mixhead.models.moh_vit import register_moh_vit
-from mixhead.nn import MixtureOfHeadAttention
-from mixhead.routing import Routing
+from mixhead.nn import MixtureOfAttentionHeads, MixtureOfHeadAttention
+from mixhead.routing import Recording, Routing, RoutingLog, record_routing, stream_routing
 
 __version__ = "0.1.0"
 
@@ -16,8 +17,10 @@ __all__ = [
     "CalibrationConfig",
     "CalibrationReport",
     "MixheadError",
+    "MixtureOfAttentionHeads",
     "MixtureOfHeadAttention",
     "MoHConfig",
+    "Recording",
     "Routing",
     "RoutingLog",
     "RoutingTrace",
@@ -29,8 +32,10 @@ __all__ = [
     "record_routing",
     "revert",
     "save",
+    "stream_routing",
 ]
 
 # The one thing done at import: transformers can only load a model type that it has been told about.
 register_with_transformers()
 register_moh_vit()
+register_moa()

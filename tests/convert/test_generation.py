@@ -7,8 +7,8 @@ from zoo import EVERY, PADDING, SIZES, TOKENS, WRITERS, ZOO, maker, sound, token
 
 import mixhead
 from mixhead import MoHConfig
-from mixhead.models.hugging_face.trace import real_tokens
 from mixhead.ops import IMPLEMENTATIONS, cpu
+from mixhead.routing.record import real_tokens
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
 

@@ -47,7 +47,7 @@ def test_a_model_without_attention():
 
 
 def test_a_module_that_is_not_of_transformers():
-    with refuses("takes a model of transformers, but this is a Linear"):
+    with refuses("takes a model of transformers or a MoHDiT, but this is a Linear"):
         mixhead.convert(torch.nn.Linear(2, 2))
 
 

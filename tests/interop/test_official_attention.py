@@ -5,7 +5,8 @@ import torch
 
 from mixhead import interop
 from mixhead.errors import MixheadError
-from mixhead.interop.official import from_official, rename_dit_attention
+from mixhead.interop.dit import rename_attention
+from mixhead.interop.official import from_official
 from mixhead.ops import IMPLEMENTATIONS
 
 CASES = [f"moh_dit_attention_{i}" for i in range(5)]
@@ -29,7 +30,7 @@ def test_golden_case(golden, name, impl):
     gradients = case.gradients
     torch.testing.assert_close(x_BNC.grad, gradients.pop("x"), **GRADIENT)
     # The official gradient of `qkv` is cut as its weight is: into those of q_proj, k_proj and v_proj.
-    expected = rename_dit_attention(gradients)
+    expected = rename_attention(gradients, router="router")
     actual = {parameter: tensor.grad for parameter, tensor in layer.named_parameters()}
     assert actual.keys() == expected.keys()
     for parameter, gradient in expected.items():

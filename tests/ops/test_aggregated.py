@@ -7,7 +7,7 @@ import torch
 
 from mixhead import Routing
 from mixhead.errors import MixheadError
-from mixhead.ops import AGGREGATED_IMPLEMENTATIONS, RelativeBias, cpu
+from mixhead.ops import AGGREGATED_IMPLEMENTATIONS, RelativeBias, cpu, explain_aggregated
 from mixhead.ops import aggregated_attention as operator
 
 FAST = [name for name in AGGREGATED_IMPLEMENTATIONS if name != "reference"]
@@ -242,6 +242,56 @@ def test_the_kernel_takes_what_auto_gives_it(monkeypatch):
         out = aggregated_attention(**arguments, routing=None, size=(7, 9))
         assert out.equal(aggregated_attention(**arguments, routing=None, size=(7, 9), impl="portable"))
     assert len(calls) == 1
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("arguments", "window", "impl", "reason"),
+    [
+        ({}, 3, "cpu", "selected heads only"),
+        ({"dtype": torch.float64}, 3, "portable", "computes in float32, not in torch.float64; portable PyTorch"),
+        ({"dim": 65}, 3, "portable", "wider than the kernel takes"),
+        ({}, 9, "portable", "wider than the kernel takes"),
+    ],
+)
+def test_what_auto_takes_is_explained(arguments, window, impl, reason):
+    a = inputs(**arguments)
+    choice = explain_aggregated(a["q_BHND"], a["k_BHTD"], window)
+    assert choice.impl == impl
+    assert reason in choice.reason
+
+
+@needs_kernel
+@pytest.mark.parametrize("share", [0.02, 1.0])
+def test_rows_far_apart_and_next_to_each_other(share):
+    """Rows of a head from all over a map of several blocks, or all of them."""
+    arguments = inputs((23, 17), heads=2, pooled=4, requires_grad=True)
+    selected = torch.rand(2, 391, 2) < share
+    routing = Routing((torch.rand(2, 391, 2) * selected).requires_grad_(), selected)
+    grad = torch.randn(2, 2, 391, 24)
+    (out, found), (expected_out, expected) = (
+        results(arguments, routing, (23, 17), impl, grad) for impl in ("cpu", "reference")
+    )
+    torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=2e-5)
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max()) + 1.0
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@needs_kernel
+def test_gradients_do_not_depend_on_the_threads():
+    arguments = inputs((9, 9), heads=3, batch=3, requires_grad=True)
+    routing = routing_of("random", 3, 81, 3)
+    grad, threads = torch.randn(3, 3, 81, 24), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        out, alone = results(arguments, routing, (9, 9), "cpu", grad)
+        torch.set_num_threads(4)
+        same_out, together = results(arguments, routing, (9, 9), "cpu", grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert out.equal(same_out)
+    assert all(together[name].equal(gradient) for name, gradient in alone.items())
 
 
 @needs_kernel

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixhead.errors import MixheadError
-from mixhead.routing import TwoStageRouter
+from mixhead.routing import OneStageRouter, TwoStageRouter
 
 # heads, shared, top_k
 SHAPES = [(4, 2, 1), (6, 3, 2), (5, 0, 2), (5, 1, 2), (4, 4, 0), (4, 1, 3), (3, 0, 3), (1, 0, 1), (1, 1, 0)]
@@ -137,3 +137,12 @@ def test_rubbish_in_one_token_stays_there(rubbish):
 def test_impossible_numbers_are_refused(sizes, message):
     with pytest.raises(MixheadError, match=message):
         TwoStageRouter(8, *sizes)
+
+
+def test_one_stage_routing_is_two_stage_routing_with_even_stages():
+    two, one = TwoStageRouter(8, 6, 2, 2), OneStageRouter(8, 6, 2, 2)
+    one.load_state_dict(two.state_dict(), strict=False)
+    torch.nn.init.zeros_(two.stage_proj.weight)
+    hidden_BNC = torch.randn(2, 5, 8)
+    torch.testing.assert_close(one(hidden_BNC).gates_BNH, two(hidden_BNC).gates_BNH)
+    assert "stage_proj.weight" not in one.state_dict()

@@ -239,7 +239,11 @@ def test_log_and_result(whole_run):
     result, folder = whole_run
     log = read_rows(result.log)
     with result.log.open(newline="") as file:
-        assert tuple(next(csv.reader(file))) == trainer.COLUMNS
+        columns = ",".join(next(csv.reader(file)))
+    assert columns == (
+        "step,tokens,loss,cross_entropy,distillation,balance,smallest_load,largest_load,load_entropy,load_entropy_0,"
+        "load_entropy_1,gradient_norm,learning_rate,tokens_per_second,seconds"
+    )
     assert [int(row["step"]) for row in log] == list(range(1, 9)) and result.steps == 8
     assert int(log[-1]["tokens"]) == result.tokens == 8 * STEP
     for row in log:
@@ -270,7 +274,7 @@ def test_tensorboard_has_the_same_numbers(whole_run):
     result, folder = whole_run
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     expected = [pytest.approx(float(row["balance"]), rel=1e-5) for row in read_rows(result.log)]
-    assert [event.value for event in events.Scalars("tune/balance")] == expected
+    assert [event.value for event in events.Scalars("train/balance")] == expected
 
 
 def test_without_tensorboard_there_is_the_csv(monkeypatch, tmp_path):
@@ -296,8 +300,8 @@ import torch
 torch.set_num_threads(2)
 sys.path[:0] = [{tests!r}]
 import test_tune as t
-from mixhead.tasks import trainer
-write, save = trainer.StepLog.write, torch.save
+from mixhead.tasks import progress
+write, save = progress.StepLog.write, torch.save
 def write_another_half(self, row):
     write(self, row)
     if row["step"] == {step}:
@@ -307,7 +311,7 @@ def save_and_die(state, path, *args, **kwargs):
     save(state, path, *args, **kwargs)
     if "checkpoint-{step}/" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
-trainer.StepLog.write, torch.save = write_another_half, save_and_die
+progress.StepLog.write, torch.save = write_another_half, save_and_die
 t.tune(t.converted(), t.windows(), t.SMALL, {folder!r}, resume=True, progress=False)
 """
 
@@ -581,6 +585,6 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(MixheadError, match="half precision"):
         tune(original().to(torch.bfloat16), windows(), SMALL, run)
     (tmp_path / "file").write_text("")
-    with pytest.raises(MixheadError, match="cannot be the folder of a run"):
+    with pytest.raises(MixheadError, match="folder of the run cannot be made"):
         tune(model, windows(), SMALL, tmp_path / "file")
     assert not run.exists()

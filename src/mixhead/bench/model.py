@@ -94,7 +94,7 @@ class Model:
     def filled_cache(self) -> DynamicCache:
         """The keys and values that the dense model caches for the tokens."""
         cache = DynamicCache(config=self.dense.config)
-        self.dense.eval()(self.ids_BN, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.dense.eval()(self.ids_BN, cache=cache, use_cache=True, logits_to_keep=1)
         return cache
 
     def call(self, engine: str) -> Callable[[], object]:
@@ -277,7 +277,7 @@ def train_step(model: Any, ids_BN: Tensor, **keywords: str) -> Tensor:
 @torch.no_grad()
 def decode_step(model: Any, ids_B1: Tensor, cache: Any, **keywords: str) -> Any:
     """One token after the cache, which is as long afterwards as before."""
-    output = model(ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1, **keywords)
+    output = model(ids_B1, cache=cache, use_cache=True, logits_to_keep=1, **keywords)
     cache.crop(-1)
     return output
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import RoutingLog
-from mixhead.routing import Routing
+from mixhead.routing import Router, Routing
 
 RANDOM, SKEWED, OWN = "random", "skewed", "own"
 
@@ -103,7 +103,7 @@ def by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-class GivenRouting(nn.Module):
+class GivenRouting(Router):
     """A router whose decision is replaced: it is computed and paid for, then the given heads are used.
 
     Args:

@@ -7,7 +7,26 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from mixhead.cli import bench, convert, demo, doctor, evaluate, generate, tune
+from mixhead.cli import (
+    bench,
+    classify,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    evaluate_images,
+    evaluate_samples,
+    fetch,
+    fill_mask,
+    generate,
+    inspect,
+    play,
+    recipes,
+    sample,
+    train,
+    translate,
+    tune,
+)
 from mixhead.errors import MixheadError
 
 app = typer.Typer(
@@ -20,8 +39,23 @@ app = typer.Typer(
 app.command("convert")(convert.convert)
 app.command("tune")(tune.tune)
 app.command("evaluate")(evaluate.evaluate)
+app.command("evaluate-images")(evaluate_images.evaluate_images)
+app.command("classify")(classify.classify)
 app.command("generate")(generate.generate)
 app.add_typer(bench.app, name="bench", help="Measure speed against dense attention, checked before it is timed.")
+app.command("train")(train.train)
+app.add_typer(recipes.app, name="recipes", help="The recipes that `mixhead train` runs: list and copy them.")
+app.command("sample")(sample.sample)
+app.command("evaluate-samples")(evaluate_samples.evaluate_samples)
+app.command("fetch")(fetch.fetch)
+app.command("pairs")(translate.pairs)
+app.command("vocabulary")(translate.vocabulary)
+app.command("translate")(translate.translate)
+app.command("evaluate-translation")(translate.evaluate_translation_verb)
+app.command("expert-words")(translate.expert_words_verb)
+app.command("fill-mask")(fill_mask.fill_mask_verb)
+app.command("inspect")(inspect.inspect)
+app.command("play")(play.play)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

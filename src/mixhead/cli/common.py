@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mixhead.tasks.fetch import cache_folder
 from mixhead.tasks.smollm2 import smollm2_folder
 from mixhead.tasks.text import text_source, token_windows
 
@@ -48,12 +48,6 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 def model_folder(name: str) -> Path:
     """The folder that a model's name on the command line stands for."""
     return smollm2_folder(cache_folder(), say=console.print) if name == SMOLLM2 else Path(name)
-
-
-def cache_folder() -> Path:
-    """Where unpacked models are kept: $MIXHEAD_CACHE, or `mixhead` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mixhead"
-    return Path(os.environ.get("MIXHEAD_CACHE", default))
 
 
 def windows_of(tokenizer: PreTrainedTokenizerBase, text: str, split: str, window: int, tokens: int | None) -> Tensor:

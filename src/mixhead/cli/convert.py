@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from mixhead.cli.common import DTYPE_HELP, MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
+from mixhead.cli.convert_dit import CalibrationImages, convert_dit
 from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, store
 from mixhead.convert import convert as convert_model
 from mixhead.errors import MixheadError
-from mixhead.interop import load_moh_llama, load_moh_vit
+from mixhead.interop import holds_dit, load_moh_llama, load_moh_vit
+from mixhead.models.moh_dit import PUBLISHED as PUBLISHED_DIT
 from mixhead.models.moh_vit import PUBLISHED, image_processor
 from mixhead.tasks.precision import autocast_dtype
 
@@ -35,17 +37,35 @@ def convert(
     official: Annotated[
         str | None,
         typer.Option(
-            help="SOURCE is published: `moh-llama` for the MoH-LLaMA3 folder; for a `.pth` file of MoH-ViT, which is "
-            f"recognised by itself, which one it is ({', '.join(PUBLISHED)}) if the file does not say so. All options "
-            "but --overwrite are ignored."
+            help="SOURCE is published: `moh-llama` for the MoH-LLaMA3 folder; for a `.pth` file of MoH-ViT or a `.pt` "
+            "file of MoH-DiT, which are recognised by themselves, which one it is "
+            f"({', '.join([*PUBLISHED, *PUBLISHED_DIT])}) if the file does not say so. All options but --overwrite are "
+            "ignored."
         ),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(help="Images to calibrate a dense diffusion transformer on: a folder by classes, or a data set."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many of --images.")] = 256,
+    vae: Annotated[Path | None, typer.Option(help="Folder of the VAE of a diffusion transformer on latents.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
 ) -> None:
     """Converts a causal language model and, with the linear router, calibrates it (no gradients, under a minute for
-    SmolLM2-135M on two cores). A published checkpoint becomes a model folder.
+    SmolLM2-135M on two cores); a dense diffusion transformer likewise. A published checkpoint becomes a model folder.
     """
     folder = model_folder(source)
+    config = MoHConfig(
+        active=active,
+        shared=shared,
+        active_heads=active_heads,
+        shared_heads=shared_heads,
+        router=router,
+        group_balanced=group_balanced,
+    )
+    if official in PUBLISHED_DIT or holds_dit(folder):
+        convert_dit(folder, out, official, config, CalibrationImages(images, samples, vae), overwrite=overwrite)
+        return
     if official in PUBLISHED or folder.suffix in (".pth", ".pt"):
         store.check_target(out, overwrite=overwrite)
         classifier = load_moh_vit(folder, official)
@@ -56,20 +76,12 @@ def convert(
         if official != "moh-llama":
             raise MixheadError(
                 f"--official {official} is unknown: the published formats known here are moh-llama and "
-                f"{', '.join(PUBLISHED)}."
+                f"{', '.join([*PUBLISHED, *PUBLISHED_DIT])}."
             )
         store.save(load_moh_llama(folder), store.load_tokenizer(folder), out, overwrite=overwrite)
         console.print(f"Wrote {out}: the published MoH-LLaMA3 as a model that routes.")
         return
     store.check_target(out, overwrite=overwrite)
-    config = MoHConfig(
-        active=active,
-        shared=shared,
-        active_heads=active_heads,
-        shared_heads=shared_heads,
-        router=router,
-        group_balanced=group_balanced,
-    )
     calibration = CalibrationConfig(autocast=autocast_dtype(dtype))
     model, tokenizer = store.load_causal_lm(folder)
     convert_model(model, config)

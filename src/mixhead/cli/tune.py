@@ -10,6 +10,7 @@ import typer
 from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console, model_folder, windows_of
 from mixhead.convert import store
 from mixhead.errors import MixheadError
+from mixhead.report.plots import plot_health
 from mixhead.tasks.tune import TuneConfig
 from mixhead.tasks.tune import tune as tune_model
 
@@ -63,7 +64,9 @@ def tune(
     windows_WT = windows_of(tokenizer, text, "train", window, None)
     original = None if teacher is None else store.load_causal_lm(model_folder(teacher))[0]
     result = tune_model(network, windows_WT, config, run, original, resume=resume, tokenizer=tokenizer)
+    picture = plot_health(result.log)
     console.print(
         f"Tuned on {result.tokens:,} tokens in {result.seconds:,.0f} s; last loss {result.loss:.3f} nats. "
-        f"The model is in {result.folder}, the log in {result.log}."
+        f"The model is in {result.folder}, the log in {result.log}"
+        + (f", the health of its routing in {picture}." if picture else ".")
     )

@@ -5,6 +5,7 @@
    router's scores. Heads with the largest mean contribution become the shared ones.
 3. A few batches give what each layer loses at every number of heads, and one batch how much the model's output changes
    when that layer alone is routed. From both, heads are shared out among the layers: one goes where it is missed least.
+4. All batches give, for every layer, the output projection that makes the most of the heads that are left.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixhead.convert.budget import share_out
+from mixhead.convert.dit import dit_sites, set_dit_layer_heads
+from mixhead.convert.refit import OutputTrace, routes
 from mixhead.convert.statistics import LayerFit, LossTrace, MeanTrace, ScoreTrace
 from mixhead.convert.swap import set_layer_heads
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import AttentionSite, LayerHeads, MoHModelMixin, RoutingTrace, find_sites
+from mixhead.models.moh_dit import MoHDiT
 from mixhead.routing import grouped_top_k_mask
 
 Batch = Tensor | Mapping[str, Any]
@@ -43,6 +47,10 @@ class CalibrationConfig:
         pilot_batches: batches for the means and for the loss at each number of heads.
         probe_sequences: sequences for the sensitivity of each layer (one forward pass per layer), off the last batch.
         ridge: strength of the regression's ridge, relative to the mean square of the hidden states.
+        refit_output: whether the output projections are fitted to the heads that are left (least squares, towards what
+            all heads gave). This changes weights of the original model; False keeps every one of them.
+        output_ridge: strength of the ridge that holds them near the original ones, relative to the mean square of the
+            heads' outputs.
         autocast: dtype of the forward passes, for example torch.bfloat16; None computes in the model's own.
     """
 
@@ -52,6 +60,8 @@ class CalibrationConfig:
     pilot_batches: int = 2
     probe_sequences: int = 1
     ridge: float = 1e-3
+    refit_output: bool = True
+    output_ridge: float = 0.1
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -59,8 +69,11 @@ class CalibrationConfig:
             raise MixheadError(f"budget={self.budget!r} is unknown: choose sensitivity or uniform.")
         if min(self.pilot_batches, self.probe_sequences) < 1 or self.dense_layers < 0:
             raise MixheadError("pilot_batches and probe_sequences must be at least 1, and dense_layers at least 0.")
-        if not 0.0 <= self.least_share <= 1.0 or not 0.0 < self.ridge < math.inf:
-            raise MixheadError("least_share must lie between 0 and 1, and ridge must be a positive number.")
+        if not 0.0 <= self.least_share <= 1.0:
+            raise MixheadError(f"least_share={self.least_share} must lie between 0 and 1.")
+        for name in ("ridge", "output_ridge"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise MixheadError(f"{name}={getattr(self, name)} must be a positive number.")
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class LayerReport:
         num_heads: H.
         active_heads: heads that a token uses.
         shared_heads: indices of the heads that every token uses.
-        expected_loss: share of the attention output's energy that the skipped heads take with them.
+        expected_loss: share of the attention output's energy that is lost with the skipped heads.
         sensitivity: how far the model's output moves when this layer alone is routed at the probe's number of heads
             (mean KL divergence in nats, or relative squared error for models without logits); NaN if not measured.
     """
@@ -121,8 +134,49 @@ class CalibrationReport:
         return table
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A converted model as calibration sees it.
+
+    Attributes:
+        model: called with the batches' entries and `routing_trace`.
+        sites: its attention modules.
+        heads: heads of each.
+        groups: in how many groups of each equally many heads are active.
+        set_heads: gives the layer at an index other heads, with a fresh router.
+    """
+
+    model: nn.Module
+    sites: list[AttentionSite]
+    heads: list[LayerHeads]
+    groups: list[int]
+    set_heads: Callable[[int, LayerHeads], None]
+
+
+def subject_of(model: nn.Module) -> Subject:
+    """The model as calibration sees it; raises where it has no linear routers."""
+    if isinstance(model, MoHDiT) and model.config.router == "linear" and model.config.shared_heads is not None:
+        layers = list(model.config.layers)
+        return Subject(
+            model, dit_sites(model), layers, [1] * len(layers), lambda i, heads: set_dit_layer_heads(model, i, heads)
+        )
+    if not isinstance(model, MoHModelMixin) or model.config.moh["router"] != "linear":
+        raise MixheadError(
+            "mixhead.calibrate fits the linear router: convert the model with MoHConfig(router='linear')."
+        )
+    converted = cast(PreTrainedModel, model)
+    sites = find_sites(converted)
+    return Subject(
+        converted,
+        sites,
+        [LayerHeads(**layer) for layer in model.config.moh["layers"]],
+        [site.num_key_value_heads if model.config.moh["group_balanced"] else 1 for site in sites],
+        lambda i, heads: set_layer_heads(converted, sites[i], i, heads),
+    )
+
+
 def calibrate(
-    model: PreTrainedModel,
+    model: nn.Module,
     batches: Iterable[Batch],
     config: CalibrationConfig | None = None,
     on_progress: OnProgress | None = None,
@@ -133,8 +187,9 @@ def calibrate(
 
     Args:
         model: converted by `mixhead.convert` with the "linear" router; changed in place.
-        batches: what the model is to be fitted to: token ids [B, N], or the model's keyword arguments. Padding (by
-            `attention_mask`) does not count. They are kept in a list, since they are gone through more than once.
+        batches: what the model is to be fitted to: token ids [B, N], or the model's keyword arguments (for a DiT those
+            of `noised_batches`). Padding (by `attention_mask`) does not count. They are kept in a list, since they are
+            gone through more than once.
         config: how; the defaults suit a language model.
         on_progress: called with (steps done, all steps).
 
@@ -142,14 +197,11 @@ def calibrate(
         MixheadError: where the model has no linear routers, or batches are missing or give NaN.
     """
     config = CalibrationConfig() if config is None else config
-    if not isinstance(model, MoHModelMixin) or model.config.moh["router"] != "linear":
-        raise MixheadError(
-            "mixhead.calibrate fits the linear router: convert the model with MoHConfig(router='linear')."
-        )
+    subject = subject_of(model)
     kept = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in batches]
     if not kept:
         raise MixheadError("batches is empty: calibration needs at least one batch of real inputs.")
-    return Calibration(model, kept, config, on_progress).run()
+    return Calibration(subject, kept, config, on_progress).run()
 
 
 class Calibration:
@@ -157,16 +209,15 @@ class Calibration:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        subject: Subject,
         batches: list[dict[str, Any]],
         config: CalibrationConfig,
         on_progress: OnProgress | None,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config = subject.model, config
         self.batches = batches
-        self.sites = find_sites(model)
-        self.heads = [LayerHeads(**layer) for layer in model.config.moh["layers"]]
-        self.groups = [s.num_key_value_heads if model.config.moh["group_balanced"] else 1 for s in self.sites]
+        self.sites, self.heads, self.groups = subject.sites, subject.heads, subject.groups
+        self.set_heads = subject.set_heads
         self.pilots = self.batches[: config.pilot_batches]
         self.probe_batch = {
             name: value[: config.probe_sequences] if isinstance(value, Tensor) and value.dim() else value
@@ -175,12 +226,18 @@ class Calibration:
         self.on_progress = on_progress
         probed = len(self.sites) if self.by_sensitivity else 0
         self.steps = 2 * len(self.pilots) + len(self.batches) + (1 + probed) * self.by_sensitivity
+        self.steps += len(self.batches) * self.refits
         self.done = 0
 
     @property
     def by_sensitivity(self) -> bool:
         """Whether layers may get different numbers of heads."""
         return self.config.budget == "sensitivity" and not all(heads.is_dense for heads in self.heads)
+
+    @property
+    def refits(self) -> bool:
+        """Whether output projections are fitted anew."""
+        return self.config.refit_output and not all(heads.is_dense for heads in self.heads)
 
     def run(self) -> CalibrationReport:
         """All steps."""
@@ -194,6 +251,9 @@ class Calibration:
                 sensitivity = self.probe(fits, shared)
                 self.heads = self.budget(counts, losses, sensitivity)
             self.install(self.heads, fits, shared)
+            if self.refits:
+                for name, lost in self.refit_outputs().items():
+                    losses[name] = dict.fromkeys(losses[name], lost * totals[name])
         for site in self.sites:
             site.module.train(site.module.training)  # new routers take on the mode that is in force again
         return CalibrationReport(
@@ -295,7 +355,7 @@ class Calibration:
     def install(self, layers: Sequence[LayerHeads], fits: dict[str, LayerFit], shared: dict[str, Tensor]) -> None:
         """Writes what was fitted into the model."""
         for index, (site, heads) in enumerate(zip(self.sites, layers, strict=True)):
-            set_layer_heads(self.model, site, index, heads)
+            self.set_heads(index, heads)
             router: Any = site.module.moh_router
             if router is None:
                 continue
@@ -306,6 +366,12 @@ class Calibration:
                 router.shared_H.copy_(shared[site.name])
                 module.moh_skipped.copy_(fit.mean_HD)
 
+    def refit_outputs(self) -> dict[str, float]:
+        """Step 4; returns the share of the output's energy that is still lost, of every layer that routes."""
+        trace = OutputTrace(self.sites)
+        self.forward(self.batches, trace)
+        return {site.name: trace.refit(site, self.config.output_ridge) for site in self.sites if routes(site)}
+
     def forward(self, batches: Sequence[Mapping[str, Any]], trace: RoutingTrace) -> None:
         """Runs the model on batches for a trace's sake."""
         for batch in batches:
@@ -313,7 +379,7 @@ class Calibration:
 
     def run_model(self, batch: Mapping[str, Any], trace: RoutingTrace) -> Any:
         """One forward pass; counts as a step."""
-        device = self.model.device
+        device = device_of(self.model)
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         output = self.model(**inputs, routing_trace=trace)
         self.done += 1
@@ -344,10 +410,10 @@ class OnlyTrace(RoutingTrace):
 
 
 @contextmanager
-def evaluation(model: PreTrainedModel, autocast: torch.dtype | None) -> Iterator[None]:
+def evaluation(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
     """Evaluation mode without gradients, and every module's mode as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    context = nullcontext() if autocast is None else torch.autocast(model.device.type, autocast)
+    context = nullcontext() if autocast is None else torch.autocast(device_of(model).type, autocast)
     model.eval()
     try:
         with torch.no_grad(), context:
@@ -357,13 +423,18 @@ def evaluation(model: PreTrainedModel, autocast: torch.dtype | None) -> Iterator
             module.training = training
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are."""
+    return next(model.parameters()).device
+
+
 def comparable_output(outputs: Any) -> tuple[str, Tensor]:
     """What a model says, in a form that two runs can be compared in: ("logits", log-probabilities) or ("states", …)."""
     for name in ("logits", "logits_per_image"):
         logits = getattr(outputs, name, None)
         if logits is not None:
             return "logits", logits.float().log_softmax(-1)
-    states = getattr(outputs, "last_hidden_state", None)
+    states = outputs if isinstance(outputs, Tensor) else getattr(outputs, "last_hidden_state", None)
     return "states", (outputs[0] if states is None else states).float()
 
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import transformers
 from safetensors import SafetensorError
@@ -30,6 +30,7 @@ from mixhead.models.moh_vit import MoHTransNeXtForImageClassification, MoHTransN
 PathLike = str | os.PathLike[str]
 
 CONFIG = "config.json"
+PIPELINE = "model_index.json"  # of diffusers
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # Models of this library; all others are classes of transformers or made from one.
@@ -40,8 +41,14 @@ OWN_MODELS: dict[str, type[PreTrainedModel]] = {
 WRITE_ERRORS = (OSError, SafetensorError)
 
 
+class Saveable(Protocol):
+    """What writes itself into a folder."""
+
+    def save_pretrained(self, save_directory: Any, /) -> Any: ...
+
+
 def save(
-    model: PreTrainedModel,
+    model: Saveable,
     tokenizer: PreTrainedTokenizerBase | ImageProcessingMixin | None,
     path: PathLike,
     *,
@@ -50,7 +57,7 @@ def save(
     """Writes a model, its tokenizer or image processor beside it, under a temporary name; renames the whole folder.
 
     Args:
-        model: any model of transformers, converted or not.
+        model: any model of transformers, converted or not, or a pipeline of diffusers.
         tokenizer: or image processor, saved into the same folder; None if there is none.
         path: the folder to make. An empty one is taken as well.
         overwrite: whether a model folder that stands there may be replaced; nothing else ever is.
@@ -93,7 +100,7 @@ def check_target(path: PathLike, *, overwrite: bool = False) -> Path:
         return target
     if not overwrite:
         raise MixheadError(f"{target} exists and is not empty: name another folder, or allow it to be overwritten.")
-    if not (target / CONFIG).is_file():
+    if not any((target / name).is_file() for name in (CONFIG, PIPELINE)):
         raise MixheadError(f"{target} holds no model ({CONFIG} is missing), so it will not be overwritten.")
     return target
 

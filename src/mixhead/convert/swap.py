@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, TypeVar, cast
 
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.jetmoe.modeling_jetmoe import JetMoePreTrainedModel
 
 from mixhead.convert.config import MoHConfig
+from mixhead.convert.dit import convert_dit, revert_dit
+from mixhead.convert.jetmoe import convert_jetmoe
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import (
     AttentionSite,
@@ -23,29 +27,42 @@ from mixhead.models.hugging_face import (
     register_models,
     register_with_transformers,
 )
+from mixhead.models.jetmoe import is_in_slots, take_out_of_slots
+from mixhead.models.moh_dit import MoHDiT
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert(model: Model, config: MoHConfig | None = None) -> Model:
-    """Turns a Hugging Face model into its mixture-of-head form, in place, and returns it.
+    """Turns a Hugging Face model, or a dense DiT, into its mixture-of-head form, in place, and returns it.
 
     Every attention module that dispatches through the attention interface of transformers gets a router; layers whose
     heads are all active stay as they are, so that `active=1.0` computes the same bits as before. The weights are kept.
     An untrained "linear" router chooses at random: call `mixhead.calibrate` next.
 
+    A JetMoE routes already. It keeps its class, its routers and its logits, and gets the operators of this library,
+    with which it compiles into one graph and can checkpoint gradients.
+
     Args:
-        model: any model of transformers; it keeps its identity, its class becomes `MoH<its class>`.
-        config: how many heads are active and shared, and which router decides.
+        model: any model of transformers; it keeps its identity, its class becomes `MoH<its class>`. Or a dense
+            `MoHDiT`.
+        config: how many heads are active and shared, and which router decides; none for a JetMoE.
 
     Raises:
         MixheadError: where the architecture cannot be converted, or the configuration does not fit it.
     """
+    if isinstance(model, JetMoePreTrainedModel):
+        convert_jetmoe(model, config)
+        return model
     config = MoHConfig() if config is None else config
+    if isinstance(model, MoHDiT):
+        return convert_dit(model, config)  # type: ignore[return-value]
     if isinstance(model, MoHModelMixin):
         raise MixheadError(f"{type(model).__name__} is converted already: call mixhead.revert on it first.")
     if not isinstance(model, PreTrainedModel):
-        raise MixheadError(f"mixhead.convert takes a model of transformers, but this is a {type(model).__name__}.")
+        raise MixheadError(
+            f"mixhead.convert takes a model of transformers or a MoHDiT, but this is a {type(model).__name__}."
+        )
     if model.config.output_attentions:
         raise MixheadError(
             f"{type(model).__name__} is set to return attention weights, and a converted model computes none for the "
@@ -84,7 +101,16 @@ def set_layer_heads(model: PreTrainedModel, site: AttentionSite, index: int, hea
 
 
 def revert(model: Any) -> Any:
-    """Takes the routers off a converted model, in place: the original class, configuration and attention again."""
+    """Takes the routers off a converted model, in place: the original class, configuration and attention again.
+
+    The weights are those that the model has now: tuning changes them, and so does calibration where it fits output
+    projections.
+    """
+    if is_in_slots(model):
+        take_out_of_slots(model)
+        return model
+    if isinstance(model, MoHDiT):
+        return revert_dit(model)
     if not isinstance(model, MoHModelMixin):
         raise MixheadError(f"{type(model).__name__} is no converted model, so there is nothing to revert.")
     model = cast(Any, model)

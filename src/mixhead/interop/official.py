@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
+from mixhead.interop.dit import moh_dit, moh_dit_attention
 from mixhead.interop.llama import moh_llama
+from mixhead.interop.moa import moa_attention
 from mixhead.interop.vit import moh_vit
-from mixhead.nn import MixtureOfHeadAttention
 
 StateDict = Mapping[str, Tensor]
 
@@ -38,63 +39,9 @@ def from_official(kind: str, config: Mapping[str, Any], state_dict: StateDict) -
         raise MixheadError(f"The configuration of {kind} lacks {missing}: give every size that it names.") from missing
 
 
-def moh_dit_attention(config: Mapping[str, Any], state_dict: StateDict) -> MixtureOfHeadAttention:
-    """One MoH attention layer of the official DiT: `qkv` is laid out (3, heads, head_dim)."""
-    attention = MixtureOfHeadAttention(
-        config["dim"],
-        config["num_heads"],
-        config["shared_heads"],
-        config["top_k"],
-        head_dim=config["head_dim"],
-        bias="qkv.bias" in state_dict,
-    )
-    load_exactly(attention, rename_dit_attention(state_dict))
-    return attention
-
-
-DIT_ROUTER_NAMES = {
-    "wg.weight": "router.routed_proj.weight",
-    "wg_0.weight": "router.stage_proj.weight",
-    "wg_1.weight": "router.shared_proj.weight",
-}
-
-
-def rename_dit_attention(state_dict: StateDict) -> dict[str, Tensor]:
-    """Official names of a DiT attention layer to those of `MixtureOfHeadAttention`."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        if name.startswith("qkv."):
-            suffix = name.removeprefix("qkv.")
-            for projection, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
-                renamed[f"{projection}.{suffix}"] = part
-        elif name.startswith("proj."):
-            renamed["o_" + name] = tensor
-        else:
-            renamed[DIT_ROUTER_NAMES.get(name, name)] = tensor
-    return renamed
-
-
-def load_exactly(module: nn.Module, state_dict: StateDict) -> None:
-    """Loads weights in the dtype they have; every one must be there, none left over, all of the right shape."""
-    expected = module.state_dict()
-    missing = sorted(expected.keys() - state_dict.keys())
-    unexpected = sorted(state_dict.keys() - expected.keys())
-    if missing or unexpected:
-        raise MixheadError(
-            f"The weights do not fit the configuration: missing {missing or 'none'}, unexpected {unexpected or 'none'}."
-        )
-    for name, tensor in state_dict.items():
-        if tensor.shape != expected[name].shape:
-            raise MixheadError(
-                f"The weight {name} must be {list(expected[name].shape)}, but it is {list(tensor.shape)}."
-            )
-    dtypes = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:
-        module.to(dtypes.pop())
-    module.load_state_dict(dict(state_dict))
-
-
 KINDS: dict[str, Callable[[Mapping[str, Any], StateDict], nn.Module]] = {
+    "moa_attention": moa_attention,
+    "moh_dit": moh_dit,
     "moh_dit_attention": moh_dit_attention,
     "moh_llama": moh_llama,
     "moh_vit": moh_vit,

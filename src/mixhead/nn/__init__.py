@@ -1,5 +1,14 @@
 """Attention layers: plain modules to put into any model."""
 
-from mixhead.nn.moh import KeyValueCache, MixtureOfHeadAttention, make_router
+from mixhead.nn.moa import MixtureOfAttentionHeads, slot_attention
+from mixhead.nn.moh import KeyValueCache, MixtureOfHeadAttention, make_router, project_output, project_queries
 
-__all__ = ["KeyValueCache", "MixtureOfHeadAttention", "make_router"]
+__all__ = [
+    "KeyValueCache",
+    "MixtureOfAttentionHeads",
+    "MixtureOfHeadAttention",
+    "make_router",
+    "project_output",
+    "project_queries",
+    "slot_attention",
+]

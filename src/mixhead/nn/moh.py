@@ -123,35 +123,14 @@ class MixtureOfHeadAttention(nn.Module):
             routing = self.router(hidden_states, q_BHND, token_mask_BN)
         else:
             routing = self.router(hidden_states, None, token_mask_BN)
-            q_BHND = self._project_queries(hidden_states, routing)
+            q_BHND = project_queries(self.q_proj, hidden_states, routing)
         k_BKTD = self._split_heads(self.k_proj(source))
         v_BKTD = self._split_heads(self.v_proj(source))
         if past_key_values is not None:
             k_BKTD, v_BKTD = past_key_values.update(k_BKTD, v_BKTD, layer_idx)
         out_BHND = head_attention(q_BHND, k_BKTD, v_BKTD, routing, causal=causal, attn_mask=attn_mask, impl=impl)
-        output_BNC = self._project_output(out_BHND, routing)
+        output_BNC = project_output(self.o_proj, out_BHND, routing)
         return (output_BNC, routing) if return_routing else output_BNC
-
-    def _project_queries(self, hidden_BNC: Tensor, routing: Routing) -> Tensor:
-        """Queries of the selected heads at least; `head_attention` reads no others."""
-        proj = self.q_proj
-        if is_plain(proj):
-            weight_HDC = proj.weight.unflatten(0, (self.num_heads, -1))
-            impl = explain_projection(hidden_BNC, weight_HDC, routing.selected_BNH).impl
-            if impl != "dense":
-                bias_HD = None if proj.bias is None else proj.bias.unflatten(0, (self.num_heads, -1))
-                return project_to_heads(hidden_BNC, weight_HDC, bias_HD, routing.selected_BNH, impl=impl)
-        return self._split_heads(proj(hidden_BNC))
-
-    def _project_output(self, out_BHND: Tensor, routing: Routing) -> Tensor:
-        """The output projection of heads that carry their gates, and are 0 where they are not selected."""
-        proj = self.o_proj
-        if is_plain(proj):
-            weight_HDC = weight_by_head(proj.weight, self.num_heads)
-            impl = explain_projection(out_BHND, weight_HDC, routing.selected_BNH).impl
-            if impl != "dense":
-                return project_from_heads(out_BHND, weight_HDC, proj.bias, routing.selected_BNH, impl=impl)
-        return proj(out_BHND.transpose(1, 2).flatten(2))
 
     @staticmethod
     def _check_states(name: str, states_BNC: Tensor, size: int) -> None:
@@ -160,6 +139,28 @@ class MixtureOfHeadAttention(nn.Module):
 
     def _split_heads(self, states_BNX: Tensor) -> Tensor:
         return states_BNX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def project_queries(proj: nn.Linear, hidden_BNC: Tensor, routing: Routing) -> Tensor:
+    """Queries [B, H, N, D] of the selected heads at least; `head_attention` reads no others."""
+    heads = routing.selected_BNH.shape[-1]
+    if is_plain(proj):
+        weight_HDC = proj.weight.unflatten(0, (heads, -1))
+        impl = explain_projection(hidden_BNC, weight_HDC, routing.selected_BNH).impl
+        if impl != "dense":
+            bias_HD = None if proj.bias is None else proj.bias.unflatten(0, (heads, -1))
+            return project_to_heads(hidden_BNC, weight_HDC, bias_HD, routing.selected_BNH, impl=impl)
+    return proj(hidden_BNC).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def project_output(proj: nn.Linear, out_BHND: Tensor, routing: Routing) -> Tensor:
+    """The output projection of heads that carry their gates, and are 0 where they are not selected."""
+    if is_plain(proj):
+        weight_HDC = weight_by_head(proj.weight, out_BHND.shape[1])
+        impl = explain_projection(out_BHND, weight_HDC, routing.selected_BNH).impl
+        if impl != "dense":
+            return project_from_heads(out_BHND, weight_HDC, proj.bias, routing.selected_BNH, impl=impl)
+    return proj(out_BHND.transpose(1, 2).flatten(2))
 
 
 def is_plain(proj: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Operators that compute exactly the selected heads."""
 
-from mixhead.ops.aggregated import AGGREGATED_IMPLEMENTATIONS, RelativeBias, aggregated_attention
+from mixhead.ops.aggregated import AGGREGATED_IMPLEMENTATIONS, RelativeBias, aggregated_attention, explain_aggregated
 from mixhead.ops.api import IMPLEMENTATIONS, Choice, explain, head_attention
+from mixhead.ops.convolutional_glu import GLU_IMPLEMENTATIONS, convolutional_glu, explain_glu
 from mixhead.ops.projections import (
     PROJECTIONS,
     explain_projection,
@@ -9,18 +10,32 @@ from mixhead.ops.projections import (
     project_to_heads,
     weight_by_head,
 )
+from mixhead.ops.slot_projections import (
+    SLOT_PROJECTIONS,
+    explain_slot_projection,
+    project_from_slots,
+    project_to_slots,
+)
 
 __all__ = [
     "AGGREGATED_IMPLEMENTATIONS",
+    "GLU_IMPLEMENTATIONS",
     "IMPLEMENTATIONS",
     "PROJECTIONS",
+    "SLOT_PROJECTIONS",
     "Choice",
     "RelativeBias",
     "aggregated_attention",
+    "convolutional_glu",
     "explain",
+    "explain_aggregated",
+    "explain_glu",
     "explain_projection",
+    "explain_slot_projection",
     "head_attention",
     "project_from_heads",
+    "project_from_slots",
     "project_to_heads",
+    "project_to_slots",
     "weight_by_head",
 ]

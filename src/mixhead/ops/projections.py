@@ -24,7 +24,7 @@ class ToHeads(Protocol):
     """[B, N, C] to [B, H, N, D], 0 where a head is not selected."""
 
     def __call__(
-        self, hidden_BNC: Tensor, weight_HDC: Tensor, bias_HD: Tensor | None, selected_BNH: Tensor
+        self, hidden_BNC: Tensor, weight_HDC: Tensor, bias_HD: Tensor | None, selected_BNH: Tensor, /
     ) -> Tensor: ...
 
 
@@ -38,6 +38,7 @@ class FromHeads(Protocol):
         bias_C: Tensor | None,
         selected_BNH: Tensor,
         gates_BNH: Tensor | None,
+        /,
     ) -> Tensor: ...
 
 

@@ -1,4 +1,4 @@
-"""Auxiliary losses of routers. Padding never counts: every mean runs over the real tokens only."""
+"""Auxiliary losses of routers. Means run over the real tokens only, those that `token_mask_BN` does not leave out."""
 
 from __future__ import annotations
 
@@ -43,3 +43,32 @@ def balance_loss(
     mean_prob_H = masked_token_mean(probs_BNH, token_mask_BN)
     load_H = masked_token_mean(selected_BNH, token_mask_BN).detach()
     return num_routed_heads * (mean_prob_H * load_H).sum()
+
+
+def switch_loss(probs_BNE: Tensor, selected_BNE: Tensor, token_mask_BN: Tensor | None = None) -> Tensor:
+    """E * sum_i f_i P_i, a 0-d tensor: the load-balance loss of MoA (arXiv 2210.05144) as the official code scales it.
+
+    f and P are the numbers of tokens and the probabilities of every expert, each divided by its own sum, so that
+    uniform routing gives 1 whatever k is. The gradient flows through P only.
+    """
+    probability_E = masked_token_mean(probs_BNE, token_mask_BN)
+    load_E = masked_token_mean(selected_BNE, token_mask_BN).detach()
+    return probs_BNE.shape[-1] * (shares(probability_E) * shares(load_E)).sum()
+
+
+def z_loss(logits_BNE: Tensor, token_mask_BN: Tensor | None = None) -> Tensor:
+    """Mean over the tokens of (log sum_i exp(logit_i))^2, a 0-d tensor: keeps the logits of a router small."""
+    return masked_token_mean(logits_BNE.logsumexp(-1, keepdim=True).square(), token_mask_BN).sum()
+
+
+def cv_loss(gates_BNE: Tensor, token_mask_BN: Tensor | None = None) -> Tensor:
+    """Squared coefficient of variation of the experts' summed gates, a 0-d tensor; 0 where there is one expert only."""
+    if gates_BNE.shape[-1] == 1:
+        return gates_BNE.new_zeros(())
+    share_E = shares(masked_token_mean(gates_BNE, token_mask_BN))
+    return share_E.var() / (share_E.mean().square() + 1e-10)
+
+
+def shares(totals_E: Tensor) -> Tensor:
+    """Totals that are not negative, divided by their sum; all 0 where that is 0."""
+    return totals_E / totals_E.sum().clamp(min=1e-12)

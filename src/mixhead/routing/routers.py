@@ -3,6 +3,7 @@
 | Router | Scores | Gates | Source |
 |---|---|---|---|
 | `TwoStageRouter` | learned, linear | weighted, two-stage | MoH, trained from scratch (eq. 5, 6) |
+| `OneStageRouter` | learned, linear | weighted | an ablation of it (table 5) |
 | `QueryNormRouter` | norm of each head's query, no parameters | 0 / 1 | MoH, continue-tuned LLaMA3 (eq. 9, 10) |
 | `LinearRouter` | linear, fitted by `mixhead.calibrate` | 0 / 1 | this library |
 
@@ -18,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
+from mixhead.routing.router import Router
 from mixhead.routing.selection import grouped_top_k_mask, top_k_mask
 from mixhead.routing.value import Routing
 
 
-class TwoStageRouter(nn.Module):
+class TwoStageRouter(Router):
     """Learned router with weighted gates, exactly as the official MoH code for ViT and DiT computes it.
 
     The first `shared_heads` heads are always used; of the other E = num_heads - shared_heads, each token uses its
@@ -96,7 +98,19 @@ class TwoStageRouter(nn.Module):
         return hidden_BNC.new_ones(*hidden_BNC.shape[:2], self.shared_heads, dtype=dtype)
 
 
-class BinaryRouter(nn.Module):
+class OneStageRouter(TwoStageRouter):
+    """A two-stage router without its second stage, to see what that is worth (arXiv 2410.11842, table 5).
+
+    Nothing weighs shared against routed heads: both factors a of eq. 6, in the scaling of the official code, are 1. The
+    paper does not print the gates of its own ablation; these are the ones of `TwoStageRouter` where W_h is 0.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, shared_heads: int, top_k: int) -> None:
+        super().__init__(hidden_size, num_heads, shared_heads, top_k)
+        self.stage_proj = None
+
+
+class BinaryRouter(Router):
     """What routers with 0 / 1 gates have in common: which heads are shared, how many are active, how to select.
 
     Any heads may be shared, not only the first, so they are a mask: the buffer `shared_H`, which checkpoints keep.

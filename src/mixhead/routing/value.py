@@ -6,8 +6,10 @@ size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
@@ -77,3 +79,9 @@ class Routing:
     def active_share(self) -> Tensor:
         """Share of all heads that an average real token uses, a 0-d float32 tensor."""
         return self.load_H.mean()
+
+
+def mean_balance_loss(routings: Iterable[Routing]) -> Tensor | None:
+    """Mean of the layers' balance losses, as the official code averages them; None where nothing competes."""
+    losses = [routing.balance_loss for routing in routings if routing.probs_BNH is not None]
+    return torch.stack(losses).mean() if losses else None

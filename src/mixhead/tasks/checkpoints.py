@@ -69,9 +69,14 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small file under a temporary name, then renames it."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a small file under a temporary name, then renames it."""
     partial = path.with_name(f".{path.name}-{_token(path.parent)}{_PARTIAL}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

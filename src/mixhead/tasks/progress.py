@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mixhead.models.hugging_face import RoutingTrace
+from mixhead.routing import Routing
 from mixhead.routing.losses import masked_token_mean
 from mixhead.tasks.checkpoints import write_text
 
@@ -49,7 +50,7 @@ class StepLog:
         if self._board is not None:
             for name, value in row.items():
                 if name not in ("step", "seconds") and value is not None:
-                    self._board.add_scalar(f"tune/{name}", value, row["step"])
+                    self._board.add_scalar(f"train/{name}", value, row["step"])
 
     def close(self) -> None:
         """Closes the files."""
@@ -88,20 +89,20 @@ def _tensorboard(folder: Path, steps: int) -> Any:
 class ProgressBar:
     """Steps, tokens per second and time left on standard error; without a terminal, a log line a minute."""
 
-    def __init__(self, steps: int, done: int, enabled: bool) -> None:
+    def __init__(self, title: str, steps: int, done: int, unit: str, enabled: bool) -> None:
         console = Console(stderr=True)
-        self._steps, self._done = steps, done
+        self._title, self._steps, self._unit = title, steps, unit
         self._start = self._said = time.monotonic()
         self._first = done
         self._bar: Progress | None = None
         self._enabled = enabled
         if enabled and console.is_terminal:
             self._bar = Progress(
-                TextColumn("Tuning"),
+                TextColumn(title),
                 BarColumn(),
                 TaskProgressColumn(),
                 TextColumn(
-                    "step {task.completed}/{task.total}, loss {task.fields[loss]}, {task.fields[speed]} tokens/s"
+                    "step {task.completed}/{task.total}, loss {task.fields[loss]}, {task.fields[speed]} " + f"{unit}/s"
                 ),
                 TimeElapsedColumn(),
                 TextColumn("left"),
@@ -122,38 +123,56 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, loss: float, tokens_per_step: int) -> None:
+    def update(self, step: int, loss: float, units_per_step: int) -> None:
         """After an optimizer step."""
         now = time.monotonic()
         per_step = (now - self._start) / max(step - self._first, 1)
-        speed = tokens_per_step / max(per_step, 1e-9)
+        speed = units_per_step / max(per_step, 1e-9)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", speed=f"{speed:,.0f}")
         elif self._enabled and now - self._said >= _SAY_EVERY:
             self._said = now
             left = per_step * (self._steps - step) / 60
             logger.info(
-                "Tuning: step %d of %d, loss %.3f, %.0f tokens/s, %.0f min left.", step, self._steps, loss, speed, left
+                "%s: step %d of %d, loss %.3f, %.0f %s/s, %.0f min left.",
+                *(self._title, step, self._steps, loss, speed, self._unit, left),
             )
 
 
-def routing_health(trace: RoutingTrace) -> Tensor | None:
-    """How evenly the competing heads are used, float32 [3]; None where nothing competes.
+HEALTH = ("balance", "smallest_load", "largest_load", "load_entropy")
 
-    Smallest load, largest load (shares of the tokens that use a head), and the entropy of the loads relative to that of
-    even ones (1 = perfectly balanced); each the mean over the layers.
+
+def layer_columns(layers: int) -> tuple[str, ...]:
+    """Names of what `routing_health` measures of each layer, in a model of so many layers that route."""
+    return tuple(f"{HEALTH[-1]}_{layer}" for layer in range(layers))
+
+
+def routing_health(routings: Sequence[Routing]) -> dict[str, Tensor]:
+    """How evenly the competing heads are used, 0-d tensors by name; empty where nothing competes.
+
+    Means over the layers where heads compete: the balance loss; the smallest and the largest load (shares of the tokens
+    that use a head); the entropy of the loads relative to that of even ones (1 = perfectly balanced). That entropy also
+    for every layer.
     """
-    layers = []
-    for _, routing in trace.layers:
-        if routing.probs_BNH is None:
-            continue
-        load_H = routing.load_H.detach()
-        competes_H = masked_token_mean(routing.probs_BNH.detach(), routing.token_mask_BN) > 0
-        smallest = load_H.masked_fill(~competes_H, 1.0).min()
-        largest = load_H.masked_fill(~competes_H, 0.0).max()
-        share_H = load_H * competes_H
-        share_H = share_H / share_H.sum().clamp(min=1e-12)
-        count = max(routing.num_routed_heads, 2)
-        entropy = -(share_H * share_H.clamp(min=1e-12).log()).sum() / load_H.new_tensor(float(count)).log()
-        layers.append(torch.stack([smallest, largest, entropy]))
-    return torch.stack(layers).mean(0) if layers else None
+    layers = {number: layer_health(routing) for number, routing in enumerate(routings) if routing.probs_BNH is not None}
+    if not layers:
+        return {}
+    means = (torch.stack(values).mean() for values in zip(*layers.values(), strict=True))
+    names = layer_columns(len(routings))
+    return {**dict(zip(HEALTH, means, strict=True)), **{names[number]: of[-1] for number, of in layers.items()}}
+
+
+def layer_health(routing: Routing) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four measures of one layer."""
+    assert routing.probs_BNH is not None
+    load_H = routing.load_H.detach()
+    competes_H = masked_token_mean(routing.probs_BNH.detach(), routing.token_mask_BN) > 0
+    share_H = load_H * competes_H
+    share_H = share_H / share_H.sum().clamp(min=1e-12)
+    even = load_H.new_tensor(float(max(routing.num_routed_heads, 2))).log()
+    return (
+        routing.balance_loss.detach(),
+        load_H.masked_fill(~competes_H, 1.0).min(),
+        load_H.masked_fill(~competes_H, 0.0).max(),
+        -(share_H * share_H.clamp(min=1e-12).log()).sum() / even,
+    )

@@ -11,12 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
-import logging
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,25 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging as hf_logging
 
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import MoHModelMixin
-from mixhead.tasks.checkpoints import (
-    WRITE_ERRORS,
-    checkpoints,
-    remove_partial,
-    step_of,
-    write_folder,
-    write_text,
-)
-from mixhead.tasks.progress import ProgressBar, StepLog, read_rows
-from mixhead.tasks.trainer import COLUMNS, ROUTER, StepReport, TuneTrainer
+from mixhead.tasks.checkpoints import WRITE_ERRORS, write_folder
+from mixhead.tasks.progress import read_rows
+from mixhead.tasks.run import LOG, open_run, run_training
+from mixhead.tasks.trainer import ROUTER, TuneTrainer
 from mixhead.tasks.tune_config import TuneConfig
 
 __all__ = ["TuneConfig", "TuneResult", "tune"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +38,7 @@ class TuneResult:
     Attributes:
         model: the tuned model: the one that was given, trained in place (low-rank updates are merged).
         folder: where it was saved, for `from_pretrained`.
-        log: the CSV file with one row for every optimizer step; `mixhead.tasks.trainer.COLUMNS` explains it.
+        log: the CSV file with one row for every optimizer step.
         steps: optimizer steps of the whole run.
         tokens: tokens read in the whole run.
         seconds: wall time of the whole run, without the time in which it was not running.
@@ -112,7 +98,6 @@ def tune(
     set_seed(config.seed)
     trained = _with_lora(model, config) if config.lora_rank else model
     with ExitStack() as undo:
-        undo.enter_context(_no_bars_of_transformers())
         if config.gradient_checkpointing:
             _enable_checkpointing(model)
             undo.callback(_disable_checkpointing, model)
@@ -120,51 +105,24 @@ def tune(
         undo.callback(lambda: model.train(was_training))
         if teacher is not None:
             teacher.eval()
-        try:
-            trainer = TuneTrainer(trained, config, windows_WT, run, teacher)
-        except OSError as error:
-            raise MixheadError(f"{run} cannot be the folder of a run ({error}).") from error
-        done = _open_run(trainer, windows_WT, resume)
-        checkpoint = checkpoints(run)[-1] if done else None
-        seconds = _train(trainer, checkpoint, done, progress)
+        trainer = TuneTrainer(trained, config, windows_WT, run, teacher)
+        done = open_run(trainer, "tune.json", _passport(trainer.base_model, windows_WT, config), resume)
+        seconds = run_training(trainer, done, "Tuning", progress)
         merged = trained.merge_and_unload() if config.lora_rank else trained
         folder = _save(trainer, merged, tokenizer)
     trainer.accelerator.wait_for_everyone()
-    rows = read_rows(run / "log.csv")
+    rows = read_rows(run / LOG)
     last = [float(row["cross_entropy"]) for row in rows[-max(len(rows) // 10, 1) :]]
     return TuneResult(
         model=merged,
         folder=folder,
-        log=run / "log.csv",
+        log=run / LOG,
         steps=trainer.steps,
-        tokens=trainer.steps * trainer.tokens_per_step,
+        tokens=trainer.steps * trainer.units_per_step,
         seconds=seconds,
         loss=sum(last) / max(len(last), 1),
         resumed_from=done,
     )
-
-
-def _train(trainer: TuneTrainer, checkpoint: Path | None, done: int, progress: bool) -> float:
-    """Runs the Trainer to its end and returns the seconds of the whole run."""
-    main = trainer.accelerator.is_main_process
-    log = StepLog(trainer.run_folder / "log.csv", COLUMNS, done) if main else None
-    try:
-        with ProgressBar(trainer.steps, done, progress and main) as bar, _ctrl_c_asks(trainer):
-            report = StepReport(trainer, log, bar)
-            trainer.add_callback(report)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except OSError as error:
-        raise MixheadError(f"The run cannot be written to ({error}). {trainer.where_to_resume()}") from error
-    finally:
-        if log is not None:
-            log.close()
-    if trainer.state.global_step < trainer.steps:
-        sentence = (
-            f"Tuning was stopped after step {trainer.state.global_step} of {trainer.steps}. {trainer.where_to_resume()}"
-        )
-        logger.warning(sentence)
-        raise KeyboardInterrupt(sentence)
-    return report.seconds
 
 
 def _check_arguments(
@@ -241,52 +199,15 @@ def _disable_checkpointing(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_disable()
 
 
-def _open_run(trainer: TuneTrainer, windows_WT: Tensor, resume: bool) -> int:
-    """Starts the folder of a run, or finds the steps that are done in it."""
-    run, config, model = trainer.run_folder, trainer.tuning, trainer.base_model
-    passport = {
+def _passport(model: PreTrainedModel, windows_WT: Tensor, config: TuneConfig) -> dict[str, Any]:
+    """What makes this run the one that it is."""
+    return {
         "config": asdict(config),
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "windows": list(windows_WT.shape),
         "windows_sha256": hashlib.sha256(windows_WT.contiguous().numpy().tobytes()).hexdigest(),
-        "processes": trainer.accelerator.num_processes,
     }
-    manifest = run / "tune.json"
-    if manifest.exists():
-        if not resume:
-            raise MixheadError(
-                f"{run} holds a run already: continue it with resume=True (--resume), or give another folder."
-            )
-        _check_same_run(manifest, passport, config)
-    trainer.accelerator.wait_for_everyone()
-    if trainer.accelerator.is_main_process:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            remove_partial(run)
-            write_text(manifest, json.dumps(passport, indent=2) + "\n")
-        except OSError as error:
-            raise MixheadError(f"The folder of the run, {run}, cannot be written to ({error}).") from error
-    trainer.accelerator.wait_for_everyone()
-    complete = checkpoints(run)
-    return step_of(complete[-1]) if complete else 0
-
-
-def _check_same_run(manifest: Path, passport: dict[str, Any], config: TuneConfig) -> None:
-    try:
-        before = json.loads(manifest.read_text(encoding="utf-8"))
-        differences = config.differences(before["config"])
-        others = [key for key in passport if key != "config"]
-        differences += [
-            f"{key} was {before[key]!r} and is {passport[key]!r}" for key in others if before[key] != passport[key]
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MixheadError(f"{manifest} cannot be read ({error}): give another folder for a new run.") from error
-    if differences:
-        raise MixheadError(
-            f"The run in {manifest.parent} cannot be continued with other settings ({'; '.join(differences)}): "
-            "give the ones that it began with, or another folder."
-        )
 
 
 def _save(trainer: TuneTrainer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Path:
@@ -306,36 +227,3 @@ def _save(trainer: TuneTrainer, model: PreTrainedModel, tokenizer: PreTrainedTok
                 "Free some disk first."
             ) from error
     return folder
-
-
-@contextmanager
-def _no_bars_of_transformers() -> Iterator[None]:
-    """Saving shows a bar for every checkpoint, right through ours."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
-
-
-@contextmanager
-def _ctrl_c_asks(trainer: TuneTrainer) -> Iterator[None]:
-    """The first Ctrl-C ends the run after the step, with a checkpoint; the second one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: Any) -> None:
-        del number, frame
-        trainer.interrupted = True
-        signal.signal(signal.SIGINT, before)
-        logger.warning("Stopping after this step, with a checkpoint; press Ctrl-C again to stop at once.")
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

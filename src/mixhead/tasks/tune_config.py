@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from mixhead.errors import MixheadError
@@ -112,11 +112,3 @@ class TuneConfig:
         falling = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         last = self.final_learning_rate / self.learning_rate
         return last + (1.0 - last) * falling
-
-    def differences(self, other: dict[str, object]) -> list[str]:
-        """The fields in which a saved configuration differs so that its run cannot be continued with this one."""
-        harmless = ("save_every", "keep_checkpoints")
-        names = [f.name for f in fields(self) if f.name not in harmless]
-        return [
-            f"{n} was {other.get(n)!r} and is {getattr(self, n)!r}" for n in names if other.get(n) != getattr(self, n)
-        ]

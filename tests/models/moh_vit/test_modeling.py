@@ -185,7 +185,10 @@ def test_saved_and_loaded_by_the_auto_class(model, tmp_path):
     x = torch.randn(1, 3, 48, 64)
     for loaded in (AutoModelForImageClassification.from_pretrained(tmp_path / "m"), mixhead.load(tmp_path / "m")):
         assert isinstance(loaded, MoHTransNeXtForImageClassification)
-        assert loaded.eval()(x).logits.equal(model(x).logits)
+        weights = model.state_dict()
+        assert all(weight.equal(weights[name]) for name, weight in loaded.state_dict().items())
+        # Products may round differently where the file puts the weights at other addresses.
+        torch.testing.assert_close(loaded.eval()(x).logits, model(x).logits, rtol=0, atol=1e-6)
 
 
 def test_positions_are_not_in_the_state_dict(model):

@@ -14,7 +14,8 @@ from mixhead.models.hugging_face.model import (
     register_with_transformers,
 )
 from mixhead.models.hugging_face.sites import AttentionSite, find_sites
-from mixhead.models.hugging_face.trace import RoutingLog, RoutingTrace, record_routing
+from mixhead.models.hugging_face.trace import RoutingTrace
+from mixhead.routing import RoutingLog, record_routing
 
 __all__ = [
     "AttentionSite",

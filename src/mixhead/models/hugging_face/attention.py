@@ -139,6 +139,8 @@ def moh_attention_forward(
     if causal and key.shape[2] > query.shape[2]:
         # The first tokens of a static cache, whose other places are still empty.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if routing_trace is not None:
+        routing_trace.look(name, query, key, routing, attention_mask, scaling, causal)
     out_BHND = head_attention(
         query,
         key,

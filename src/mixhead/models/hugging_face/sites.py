@@ -38,10 +38,14 @@ class AttentionSite:
 
     def output_weight_HDC(self) -> Tensor:
         """The output projection cut by heads, W_O^i of MoH eq. 3: a view in the weight's dtype, [H, D, C]."""
+        return self.output_weight_YC().unflatten(0, (self.num_heads, -1))
+
+    def output_weight_YC(self) -> Tensor:
+        """The output projection as it multiplies the concatenated heads: a view in the weight's dtype, [H * D, C]."""
         weight = self.output_projection.weight
-        rows_XC = weight if isinstance(self.output_projection, Conv1D) else weight.T
-        assert isinstance(rows_XC, Tensor)
-        return rows_XC.unflatten(0, (self.num_heads, -1))
+        rows_YC = weight if isinstance(self.output_projection, Conv1D) else weight.T
+        assert isinstance(rows_YC, Tensor)
+        return rows_YC
 
 
 def find_sites(model: PreTrainedModel) -> list[AttentionSite]:

@@ -77,6 +77,12 @@ class CosineAttention(nn.Module):
             routing_trace.record(self.moh_name, routing)
         return routing
 
+    def routing_labels(self, hidden_BNC: Tensor, size: Size, *_args: object, **_kwargs: object) -> dict[str, Tensor]:
+        """Where each token stands on the map, for `mixhead.record_routing`."""
+        _rows, columns = size
+        index_1N = torch.arange(hidden_BNC.shape[1]).unsqueeze(0)
+        return {"y": index_1N // columns, "x": index_1N % columns}
+
     def split_heads(self, states_BNX: Tensor) -> Tensor:
         """[B, N, heads * D] -> [B, heads, N, D]."""
         return states_BNX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

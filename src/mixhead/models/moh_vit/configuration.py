@@ -11,7 +11,7 @@ from mixhead.errors import MixheadError
 PER_STAGE = ("hidden_sizes", "num_heads", "depths", "mlp_ratios", "pool_ratios")
 ROUTED = ("shared_heads", "top_k")
 # Whatever weights belong to: fixed once a configuration is made.
-ARCHITECTURE = (*PER_STAGE, *ROUTED, "image_size", "num_channels", "patch_size", "window_size", "qkv_bias")
+ARCHITECTURE = (*PER_STAGE, *ROUTED, "two_stage", "image_size", "num_channels", "patch_size", "window_size", "qkv_bias")
 
 
 class MoHTransNeXtConfig(PreTrainedConfig):
@@ -30,6 +30,8 @@ class MoHTransNeXtConfig(PreTrainedConfig):
         window_size: side of the local window, odd.
         shared_heads: per stage, how many heads (the first) every token uses; None, with `top_k`, for a dense model.
         top_k: per stage, how many of the other heads each token uses; 0 where all are shared.
+        two_stage: whether a second stage of the router weighs shared against routed heads, as published; False only to
+            see what that is worth.
         qkv_bias: whether the projections of queries, keys and values have a bias.
         layer_norm_eps: of the norms in blocks and after stages.
         drop_path_rate: of stochastic depth in the last block; it rises linearly from 0 in the first one.
@@ -50,6 +52,7 @@ class MoHTransNeXtConfig(PreTrainedConfig):
     window_size: int = 3
     shared_heads: tuple[int, ...] | None = None
     top_k: tuple[int, ...] | None = None
+    two_stage: bool = True
     qkv_bias: bool = True
     layer_norm_eps: float = 1e-6
     drop_path_rate: float = 0.0

@@ -9,12 +9,16 @@ from transformers.utils import is_torchvision_available
 from mixhead.errors import MixheadError
 from mixhead.models.moh_vit.configuration import MoHTransNeXtConfig
 
-CROPPED_SHARE = 0.875
+CROP_SHARE = 0.875
 BICUBIC = 3  # as Pillow numbers them
 
 
-def image_processor(config: MoHTransNeXtConfig) -> ImageProcessingMixin:
+def image_processor(config: MoHTransNeXtConfig, crop_share: float = CROP_SHARE) -> ImageProcessingMixin:
     """Bicubic resize of the shorter side, centre crop of 87.5% (256 to 224 pixels), ImageNet's mean and deviation.
+
+    Args:
+        config: of the model; its `image_size` is what the crop has.
+        crop_share: side of the crop as a share of the resized shorter side; 1 keeps all of it.
 
     Raises:
         MixheadError: where Pillow is not installed.
@@ -25,7 +29,7 @@ def image_processor(config: MoHTransNeXtConfig) -> ImageProcessingMixin:
         else:
             from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil as Processor
         return Processor(
-            size={"shortest_edge": int(config.image_size / CROPPED_SHARE)},
+            size={"shortest_edge": int(config.image_size / crop_share)},
             crop_size={"height": config.image_size, "width": config.image_size},
             resample=BICUBIC,
             image_mean=IMAGENET_DEFAULT_MEAN,

@@ -18,11 +18,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.moh_vit.attention import AggregatedAttention, CosineAttention, GlobalAttention
 from mixhead.models.moh_vit.configuration import MoHTransNeXtConfig
 from mixhead.models.moh_vit.positions import RelativePositions, Size, relative_positions
-from mixhead.routing import Routing, TwoStageRouter
+from mixhead.ops import convolutional_glu
+from mixhead.routing import OneStageRouter, Routing, TwoStageRouter, mean_balance_loss
 
 # softplus of the initial temperature is 1 / 0.24.
 INITIAL_TEMPERATURE = math.log(math.expm1(1 / 0.24))
@@ -74,12 +74,12 @@ class ConvolutionalGLU(nn.Module):
         self.fc2 = nn.Linear(width, hidden_size)
 
     def forward(self, hidden_BNC: Tensor, size: Size) -> Tensor:
-        # Two products instead of one that is cut: either result is then a whole map for the convolution.
-        gate_weight, value_weight = self.fc1.weight.chunk(2)
-        gate_bias, value_bias = self.fc1.bias.chunk(2)
-        gate_BMYX = F.linear(hidden_BNC, gate_weight, gate_bias).transpose(1, 2).unflatten(2, size)
-        gate_BNM = F.gelu(self.dwconv(gate_BMYX)).flatten(2).transpose(1, 2)
-        return self.fc2(gate_BNM * F.linear(hidden_BNC, value_weight, value_bias))
+        hidden_BNK = F.linear(hidden_BNC, self.fc1.weight)
+        assert self.dwconv.bias is not None
+        gated_BNM = convolutional_glu(
+            hidden_BNK, self.fc1.bias, self.dwconv.weight.squeeze(1), self.dwconv.bias, size=size
+        )
+        return self.fc2(gated_BNM)
 
 
 class Block(GradientCheckpointingLayer):
@@ -142,7 +142,8 @@ def make_attention(config: MoHTransNeXtConfig, stage: int) -> CosineAttention:
     width, heads = config.hidden_sizes[stage], config.num_heads[stage]
     router = None
     if config.shared_heads is not None and config.top_k is not None:
-        router = TwoStageRouter(width, heads, config.shared_heads[stage], config.top_k[stage])
+        kind = TwoStageRouter if config.two_stage else OneStageRouter
+        router = kind(width, heads, config.shared_heads[stage], config.top_k[stage])
     if stage == config.num_stages - 1:
         return GlobalAttention(width, heads, router, config.qkv_bias)
     return AggregatedAttention(width, heads, router, config.window_size, config.qkv_bias)
@@ -272,14 +273,6 @@ class MoHTransNeXtForImageClassification(MoHTransNeXtPreTrainedModel):
         )
         wants_output = self.config.return_dict if return_dict is None else return_dict
         return output if wants_output else output.to_tuple()
-
-
-def mean_balance_loss(routings: Sequence[Routing]) -> Tensor | None:
-    """Mean of the balance losses of the layers whose heads compete; None where there is no such layer."""
-    trace = RoutingTrace()
-    for routing in routings:
-        trace.record("", routing)
-    return trace.balance_loss()
 
 
 def check_images(pixel_values: Tensor, config: MoHTransNeXtConfig) -> None:

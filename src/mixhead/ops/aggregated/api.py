@@ -13,6 +13,7 @@ from torch import Tensor
 from mixhead.errors import MixheadError
 from mixhead.ops.aggregated import cpu, portable, reference
 from mixhead.ops.aggregated.arguments import AggregatedArguments, RelativeBias
+from mixhead.ops.api import Choice
 from mixhead.routing import Routing
 
 
@@ -86,11 +87,24 @@ def aggregated_attention(
     )  # fmt: skip
     arguments.check()
     if impl == "auto":
-        impl = "cpu"
+        impl = explain_aggregated(q_BHND, k_BHTD, arguments.window).impl
     if impl not in AGGREGATED_IMPLEMENTATIONS:
         raise MixheadError(
             f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(AGGREGATED_IMPLEMENTATIONS)}."
         )
-    if impl == "cpu" and cpu.refusal(arguments):
+    if impl == "cpu" and cpu.refusal(q_BHND, k_BHTD, arguments.window):
         impl = "portable"
     return AGGREGATED_IMPLEMENTATIONS[impl](arguments)
+
+
+def explain_aggregated(q_BHND: Tensor, k_BHTD: Tensor, window: int) -> Choice:
+    """Which implementation `impl="auto"` takes for these queries and pooled keys, and why.
+
+    Args:
+        q_BHND: queries of a map.
+        k_BHTD: pooled keys.
+        window: side of the local window.
+    """
+    if why := cpu.refusal(q_BHND, k_BHTD, window):
+        return Choice("portable", f"{why}; portable PyTorch computes every head, and unfolds nothing either")
+    return Choice("cpu", "the C++ kernel computes selected heads only, and was faster at every share of heads measured")

@@ -1,7 +1,7 @@
 """The C++ kernel of aggregated attention as operators of PyTorch; how it works is told in `source/aggregated.h`.
 
-Windows are read from the map itself and only selected heads are computed, forward and backward; beside the inputs, two
-numbers per query and head are kept for the gradient.
+No window is unfolded and only selected heads are computed, forward and backward; beside the inputs, two numbers per
+query and head are kept for the gradient.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def as_float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
 
 
-def refusal(a: AggregatedArguments) -> str | None:
+def refusal(q_BHND: Tensor, k_BHTD: Tensor, window: int) -> str | None:
     """Why the kernel cannot take these arguments, in a sentence; None where it can. May build the kernel."""
-    if a.q_BHND.device.type != "cpu":
-        return f"the kernel runs on the CPU, and the queries are on {a.q_BHND.device.type}"
-    if a.q_BHND.dtype not in DTYPES:
-        return f"the kernel computes in float32, not in {a.q_BHND.dtype}"
-    if 0 in a.q_BHND.shape or 0 in a.k_BHTD.shape:
+    if q_BHND.device.type != "cpu":
+        return f"the kernel runs on the CPU, and the queries are on {q_BHND.device.type}"
+    if q_BHND.dtype not in DTYPES:
+        return f"the kernel computes in float32, not in {q_BHND.dtype}"
+    if 0 in q_BHND.shape or 0 in k_BHTD.shape:
         return "there is nothing to compute"
-    if a.q_BHND.shape[-1] > MAX_HEAD_DIM[best_level()] or a.window > MAX_WINDOW:
+    if q_BHND.shape[-1] > MAX_HEAD_DIM[best_level()] or window > MAX_WINDOW:
         return "the heads or the window are wider than the kernel takes"
     built, reason = available()
     return None if built else reason

@@ -1,8 +1,10 @@
 """The projections of selected heads as operators of PyTorch: schemas, fake tensors and autograd.
 
-The compiled library adds the computation, `source/projections.h` tells how it works.
+The compiled library adds the computation, `source/projections.h` tells how it works. Which heads a token uses is a
+`choice`: bool [B, N, H], or int64 [B, N, S], the head (expert) in each of its slots and H where one is empty. The rows
+of heads stand in a tensor [B, S, N, D], with a slot for every head (S = H) in the first case.
 
-Shape legend: B batch, N tokens, H heads, D head dim, C hidden size.
+Shape legend: B batch, N tokens, H heads, S slots, D head dim, C hidden size.
 """
 
 from __future__ import annotations
@@ -15,19 +17,20 @@ from torch import Tensor
 from mixhead.ops.cpu.compiling import available, best_level
 
 torch.library.define(
-    "mixhead::project_to_heads_cpu", "(Tensor hidden, Tensor weight, Tensor? bias, Tensor selected) -> Tensor"
+    "mixhead::project_to_heads_cpu", "(Tensor hidden, Tensor weight, Tensor? bias, Tensor choice) -> Tensor"
 )
 torch.library.define(
     "mixhead::project_to_heads_cpu_backward",
-    "(Tensor grad, Tensor hidden, Tensor weight, Tensor selected) -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+    "(Tensor grad, Tensor hidden, Tensor weight, Tensor choice, bool has_bias)"
+    " -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
 )
 torch.library.define(
     "mixhead::project_from_heads_cpu",
-    "(Tensor out, Tensor weight, Tensor? bias, Tensor selected, Tensor? gates) -> Tensor",
+    "(Tensor out, Tensor weight, Tensor? bias, Tensor choice, Tensor? gates) -> Tensor",
 )
 torch.library.define(
     "mixhead::project_from_heads_cpu_backward",
-    "(Tensor grad, Tensor out, Tensor weight, Tensor selected, Tensor? gates)"
+    "(Tensor grad, Tensor out, Tensor weight, Tensor choice, Tensor? gates)"
     " -> (Tensor dout, Tensor dweight, Tensor dgates)",
 )
 
@@ -55,78 +58,90 @@ def pays(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and best_level() in LEVELS
 
 
-def to_heads(hidden_BNC: Tensor, weight_HDC: Tensor, bias_HD: Tensor | None, selected_BNH: Tensor) -> Tensor:
-    """The queries of the selected heads, [B, H, N, D]. The kernel must be built, and `refusal` must be None."""
-    return torch.ops.mixhead.project_to_heads_cpu(hidden_BNC, weight_HDC, bias_HD, selected_BNH)
+def to_heads(hidden_BNC: Tensor, weight_HDC: Tensor, bias_HD: Tensor | None, choice: Tensor) -> Tensor:
+    """The queries of the chosen heads, [B, S, N, D]. The kernel must be built, and `refusal` must be None."""
+    return torch.ops.mixhead.project_to_heads_cpu(hidden_BNC, weight_HDC, bias_HD, choice)
 
 
 def from_heads(
-    out_BHND: Tensor, weight_HDC: Tensor, bias_C: Tensor | None, selected_BNH: Tensor, gates_BNH: Tensor | None
+    out_BSND: Tensor, weight_HDC: Tensor, bias_C: Tensor | None, choice: Tensor, gates_BNS: Tensor | None
 ) -> Tensor:
-    """The sum over the selected heads, [B, N, C]. The kernel must be built, and `refusal` must be None."""
-    gates_BNH = None if gates_BNH is None else gates_BNH.float()
-    return torch.ops.mixhead.project_from_heads_cpu(out_BHND, weight_HDC, bias_C, selected_BNH, gates_BNH)
+    """The sum over the chosen heads, [B, N, C]. The kernel must be built, and `refusal` must be None."""
+    gates_BNS = None if gates_BNS is None else gates_BNS.float()
+    return torch.ops.mixhead.project_from_heads_cpu(out_BSND, weight_HDC, bias_C, choice, gates_BNS)
 
 
-def empty_heads(rows: Tensor, weight_HDC: Tensor, selected_BNH: Tensor) -> Tensor:
-    """[B, H, N, D] with the heads of a token side by side in memory."""
-    return rows.new_empty(*selected_BNH.shape, weight_HDC.shape[1]).transpose(1, 2)
+def to_slots(hidden_BNC: Tensor, weight_EDC: Tensor, expert_BNS: Tensor) -> Tensor:
+    """What the experts in the slots make of the rows, [B, N, S, D]."""
+    return to_heads(hidden_BNC, weight_EDC, None, expert_BNS).transpose(1, 2)
+
+
+def from_slots(out_BNSD: Tensor, weight_EDC: Tensor, expert_BNS: Tensor, gates_BNS: Tensor | None) -> Tensor:
+    """The sum over the slots, [B, N, C]."""
+    return from_heads(out_BNSD.transpose(1, 2), weight_EDC, None, expert_BNS, gates_BNS)
+
+
+def empty_heads(rows: Tensor, weight_HDC: Tensor, choice: Tensor) -> Tensor:
+    """[B, S, N, D] with the slots of a token side by side in memory."""
+    return rows.new_empty(*choice.shape, weight_HDC.shape[1]).transpose(1, 2)
 
 
 @torch.library.register_fake("mixhead::project_to_heads_cpu")
-def to_heads_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, selected: Tensor) -> Tensor:
+def to_heads_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, choice: Tensor) -> Tensor:
     """Shape and strides of the queries."""
-    return empty_heads(hidden, weight, selected)
+    return empty_heads(hidden, weight, choice)
 
 
 @torch.library.register_fake("mixhead::project_to_heads_cpu_backward")
 def to_heads_backward_fake(
-    grad: Tensor, hidden: Tensor, weight: Tensor, selected: Tensor
+    grad: Tensor, hidden: Tensor, weight: Tensor, choice: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and strides of the gradients."""
-    return hidden.new_empty(hidden.shape), torch.empty_like(weight), weight.new_empty(weight.shape[:2])
+    dbias = weight.new_empty(weight.shape[:2] if has_bias else 0)
+    return hidden.new_empty(hidden.shape), torch.empty_like(weight), dbias
 
 
 @torch.library.register_fake("mixhead::project_from_heads_cpu")
-def from_heads_fake(out: Tensor, weight: Tensor, bias: Tensor | None, selected: Tensor, gates: Tensor | None) -> Tensor:
+def from_heads_fake(out: Tensor, weight: Tensor, bias: Tensor | None, choice: Tensor, gates: Tensor | None) -> Tensor:
     """Shape of the rows."""
-    return out.new_empty(*selected.shape[:2], weight.shape[2])
+    return out.new_empty(*choice.shape[:2], weight.shape[2])
 
 
 @torch.library.register_fake("mixhead::project_from_heads_cpu_backward")
 def from_heads_backward_fake(
-    grad: Tensor, out: Tensor, weight: Tensor, selected: Tensor, gates: Tensor | None
+    grad: Tensor, out: Tensor, weight: Tensor, choice: Tensor, gates: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and strides of the gradients."""
     dgates = grad.new_empty(0) if gates is None else gates.new_empty(gates.shape)
-    return empty_heads(out, weight, selected), torch.empty_like(weight), dgates
+    return empty_heads(out, weight, choice), torch.empty_like(weight), dgates
 
 
 def save_to_heads(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keeps the inputs."""
-    hidden, weight, bias, selected = inputs
+    hidden, weight, bias, choice = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(hidden, weight, selected)
+    ctx.save_for_backward(hidden, weight, choice)
 
 
 def to_heads_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the hidden states, the weights and the biases."""
-    hidden, weight, selected = ctx.saved_tensors
-    dhidden, dweight, dbias = torch.ops.mixhead.project_to_heads_cpu_backward(grad, hidden, weight, selected)
+    hidden, weight, choice = ctx.saved_tensors
+    arguments = (grad, hidden, weight, choice, ctx.has_bias)
+    dhidden, dweight, dbias = torch.ops.mixhead.project_to_heads_cpu_backward(*arguments)
     return dhidden, dweight, dbias if ctx.has_bias else None, None
 
 
 def save_from_heads(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keeps the inputs."""
-    out, weight, bias, selected, gates = inputs
+    out, weight, bias, choice, gates = inputs
     ctx.has_bias, ctx.has_gates = bias is not None, gates is not None
-    ctx.save_for_backward(out, weight, selected, gates)
+    ctx.save_for_backward(out, weight, choice, gates)
 
 
 def from_heads_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the heads' outputs, the weights, the bias and the gates (0 where a head is not selected)."""
-    out, weight, selected, gates = ctx.saved_tensors
-    dout, dweight, dgates = torch.ops.mixhead.project_from_heads_cpu_backward(grad, out, weight, selected, gates)
+    out, weight, choice, gates = ctx.saved_tensors
+    dout, dweight, dgates = torch.ops.mixhead.project_from_heads_cpu_backward(grad, out, weight, choice, gates)
     dbias = grad.sum((0, 1)) if ctx.has_bias and ctx.needs_input_grad[2] else None
     return dout, dweight, dbias, None, dgates if ctx.has_gates else None
 

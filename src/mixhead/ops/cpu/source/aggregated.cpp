@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -160,7 +161,8 @@ void run_forward(Call& call, const Tensor& out, const Tensor& stats) {
   });
 }
 
-// A thread takes whole heads, all their images in order, so that sums over the batch need no second copy.
+// A thread takes whole heads of an image. The images' gradients of parameters are added up afterwards, so that the order
+// never depends on the threads.
 template <int V>
 void run_backward(Call& call, const Tensor& grad, const Tensor& stats, const typename Aggregated<V>::Gradients& to) {
   const Aggregated<V> kernel = call.kernel<V>(stats);
@@ -170,16 +172,13 @@ void run_backward(Call& call, const Tensor& grad, const Tensor& stats, const typ
   std::vector<size_t> first(s.B * s.H + 1, 0);
   for (const BlockOfRows& block : call.blocks) ++first[block.bk + 1];
   for (int64_t bh = 0; bh < s.B * s.H; ++bh) first[bh + 1] += first[bh];
-  at::parallel_for(0, s.H, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.B * s.H, 1, [&](int64_t begin, int64_t end) {
     Arena arena(kernel.bytes(true));
     auto memory = kernel.memory(arena, true);
-    for (int64_t h = begin; h < end; ++h) {
-      for (int64_t b = 0; b < s.B; ++b) {
-        const int64_t bh = b * s.H + h;
-        kernel.clear_sums(memory);
-        for (size_t i = first[bh]; i < first[bh + 1]; ++i) kernel.backward(memory, call.blocks[i], from, to);
-        kernel.finish_head(memory, b, h, to);
-      }
+    for (int64_t bh = begin; bh < end; ++bh) {
+      kernel.clear_sums(memory);
+      for (size_t i = first[bh]; i < first[bh + 1]; ++i) kernel.backward(memory, call.blocks[i], from, to);
+      kernel.finish_head(memory, bh / s.H, bh % s.H, to);
     }
   });
 }
@@ -223,7 +222,9 @@ std::vector<Tensor> aggregate_backward(const Tensor& grad, const Tensor& q, cons
   for (const Tensor* x : {&q, &k, &v, &pool_k, &pool_v}) d.push_back(empty_by_token(*x));
   d.push_back(gates ? at::zeros(gates->sizes(), gates->options()) : at::zeros({0}, q.options()));
   for (const Tensor* x : {&embedding, &temperature, &local_bias, &pool_bias, &tokens, &learnable_bias}) {
-    d.push_back(at::zeros(x->sizes(), x->options()));
+    std::vector<int64_t> sizes = x->sizes().vec();
+    sizes.insert(sizes.begin(), q.size(0));
+    d.push_back(at::zeros(sizes, x->options()));
   }
   View<float> d_gates;
   if (gates) d_gates = {d[5].data_ptr<float>(), d[5].stride(0), d[5].stride(2), d[5].stride(1)};
@@ -234,6 +235,7 @@ std::vector<Tensor> aggregate_backward(const Tensor& grad, const Tensor& q, cons
                                  d[6].data_ptr<float>(), d[7].data_ptr<float>(), d[8].data_ptr<float>(),
                                  d[9].data_ptr<float>(), d[10].data_ptr<float>(), d[11].data_ptr<float>()});
   });
+  for (size_t i = 6; i < d.size(); ++i) d[i] = d[i].sum(0);
   return d;
 }
 

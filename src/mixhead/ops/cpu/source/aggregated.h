@@ -23,31 +23,6 @@ constexpr int64_t kMostPlaces = 49;
 
 // ------------------------------------------------------------------------------------------------ vectors of D numbers
 
-// The first `count` numbers, then zeros.
-inline Vec load_first(const float* p, int64_t count) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p);
-#else
-  Vec v = all(0.f);
-  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-
-inline void store_first(float* p, Vec v, int64_t count) {
-#if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), (__m512)v);
-#else
-  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
-#endif
-}
-
-inline float sum_of(Vec v) {
-  float sum = 0.f;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-
 // The sum of each of kLanes vectors, as one vector.
 inline Vec sums_of(const Vec* a) {
 #if defined(__AVX512F__)
@@ -382,6 +357,7 @@ class Aggregated {
 
   struct Gradients {
     View<float> q, k, v, pool_k, pool_v, gates;
+    // Of the parameters, one for each image: [B] and the parameter's own shape.
     float *embedding, *temperature, *local_bias, *pool_bias, *tokens, *learnable_bias;
   };
 
@@ -413,13 +389,13 @@ class Aggregated {
     product(s.D, lanes, L, {tokens + block.h * s.D * L, L, 1}, m.d_dynamic, kRows, m.duT, kRows, false);
     turn(m.dsT, kDim, lanes, kRows, m.ds, kDim);
     turn(m.duT, kDim, lanes, kRows, m.du, kDim);
-    add_pool_bias(block, m, to.pool_bias + block.h * s.R * s.S);
+    add_pool_bias(block, m, to.pool_bias + bh * s.R * s.S);
     finish_rows(block, m, to);
   }
 
   // Scores and dP -> P and dS (in place), W g, dW, and the gradients of gates and of what is added to the window.
   void differentiate(const Block& block, Memory& m, const Gradients& to) const {
-    const int64_t L = s.places(), size = s.B * s.H * s.N, at_stats = (block.b * s.H + block.h) * s.N;
+    const int64_t L = s.places(), size = s.B * s.H * s.N, bh = block.b * s.H + block.h, at_stats = bh * s.N;
     alignas(64) float max[kRows], inverse[kRows], d_gate[kRows];
     for (int64_t lane = 0; lane < kRows; ++lane) {  // a lane without a row has no weights
       max[lane] = lane < block.count ? stats[at_stats + block.n[lane]] : kInfinity;
@@ -452,8 +428,8 @@ class Aggregated {
         bias += load(m.d_local + l * kRows + lane);
         added += load(m.d_dynamic + l * kRows + lane);
       }
-      to.local_bias[block.h * L + l] += sum_of(bias);
-      to.learnable_bias[block.h * L + l] += sum_of(added);
+      to.local_bias[bh * L + l] += sum_of(bias);
+      to.learnable_bias[bh * L + l] += sum_of(added);
     }
     if (!to.gates.data) return;
     for (int64_t lane = 0; lane < block.count; ++lane) *to.gates.at(block.b, block.h, block.n[lane]) = d_gate[lane];
@@ -499,11 +475,11 @@ class Aggregated {
       d_temperature += embedded.products(ds) * all(log_keys[block.n[lane]]);
       through_unit(du, unit, block.inverse_q[lane]).to(to.q.at(block.b, block.h, block.n[lane]), s.D);
     }
-    float* embedding_sum = to.embedding + block.h * s.D;
+    float* embedding_sum = to.embedding + bh * s.D;
     R sum = R::from(embedding_sum, s.D);
     sum.add(all(1.f), d_embedding);
     sum.to(embedding_sum, s.D);
-    to.temperature[block.h] += sum_of(d_temperature);
+    to.temperature[bh] += sum_of(d_temperature);
   }
 
   // Sums over the blocks of one (b, h) -> gradients of its keys and values, and of the tokens.
@@ -521,7 +497,7 @@ class Aggregated {
       R::from(m.d_pool_v + t * kDim).to(to.pool_v.at(b, h, t), s.D);
     }
     for (int64_t d = 0; d < s.D; ++d) {
-      for (int64_t l = 0; l < L; ++l) to.tokens[(h * s.D + d) * L + l] += m.d_tokens[l * kDim + d];
+      for (int64_t l = 0; l < L; ++l) to.tokens[(bh * s.D + d) * L + l] += m.d_tokens[l * kDim + d];
     }
   }
 };

@@ -16,24 +16,41 @@ namespace {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-Selection list_selected(const Tensor& selected_BNH) {
-  const Tensor selected = selected_BNH.contiguous();
-  const bool* data = selected.const_data_ptr<bool>();
-  const int64_t H = selected.size(2), R = selected.size(0) * selected.size(1);
-  Selection s;
-  s.start.assign(H + 1, 0);
+// The rows of each head. `head_of(r, s)` is the head in a slot; what is no head leaves it empty.
+template <class HeadOf>
+Selection list_rows(int64_t H, int64_t R, int64_t S, HeadOf head_of) {
+  Selection list;
+  list.start.assign(H + 1, 0);
   for (int64_t r = 0; r < R; ++r) {
-    for (int64_t h = 0; h < H; ++h) s.start[h + 1] += data[r * H + h];
-  }
-  for (int64_t h = 0; h < H; ++h) s.start[h + 1] += s.start[h];
-  s.row.resize(s.start[H]);
-  std::vector<int64_t> next(s.start.begin(), s.start.end() - 1);
-  for (int64_t r = 0; r < R; ++r) {
-    for (int64_t h = 0; h < H; ++h) {
-      if (data[r * H + h]) s.row[next[h]++] = r;
+    for (int64_t s = 0; s < S; ++s) {
+      if (const int64_t h = head_of(r, s); uint64_t(h) < uint64_t(H)) ++list.start[h + 1];
     }
   }
-  return s;
+  for (int64_t h = 0; h < H; ++h) list.start[h + 1] += list.start[h];
+  list.row.resize(list.start[H]);
+  list.slot.resize(list.start[H]);
+  std::vector<int64_t> next(list.start.begin(), list.start.end() - 1);
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t s = 0; s < S; ++s) {
+      if (const int64_t h = head_of(r, s); uint64_t(h) < uint64_t(H)) {
+        list.row[next[h]] = r;
+        list.slot[next[h]++] = s;
+      }
+    }
+  }
+  return list;
+}
+
+// A choice is bool [B, N, H], which heads a token uses, or int64 [B, N, S], which head stands in each of its slots.
+Selection list_rows(int64_t H, const Tensor& choice) {
+  const Tensor whole = choice.contiguous();
+  const int64_t R = whole.size(0) * whole.size(1), S = whole.size(2);
+  if (whole.scalar_type() == at::kBool) {
+    const bool* selected = whole.const_data_ptr<bool>();
+    return list_rows(H, R, S, [=](int64_t r, int64_t h) { return selected[r * S + h] ? h : H; });
+  }
+  const int64_t* head = whole.const_data_ptr<int64_t>();
+  return list_rows(H, R, S, [=](int64_t r, int64_t s) { return head[r * S + s]; });
 }
 
 template <class T>
@@ -43,9 +60,11 @@ HeadRows<T> head_rows(const Tensor& x_BHND) {
 
 Tensor unit_stride(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
-// [B, H, N, D] with the heads of a token side by side.
-Tensor zeros_by_token(const Tensor& selected_BNH, int64_t D, const at::TensorOptions& options) {
-  return at::zeros({selected_BNH.size(0), selected_BNH.size(1), selected_BNH.size(2), D}, options).transpose(1, 2);
+// [B, S, N, D] with the slots of a token side by side; zero where there are empty ones.
+Tensor rows_by_token(const Tensor& choice, const Selection& selection, int64_t D, const at::TensorOptions& options) {
+  const at::DimVector sizes{choice.size(0), choice.size(1), choice.size(2), D};
+  const bool full = int64_t(selection.row.size()) == choice.numel();
+  return (full ? at::empty(sizes, options) : at::zeros(sizes, options)).transpose(1, 2);
 }
 
 template <class T>
@@ -61,27 +80,22 @@ struct Call {
   Selection selection;
   Tensor weight, gates;
   Projection<T> projection;
-  Lines<T> packed;
 
-  Call(const Tensor& weight_HDC, const Tensor& selected_BNH, const Optional& gates_BNH)
-      : selection(list_selected(selected_BNH)), weight(weight_HDC), gates(gates_BNH ? gates_BNH->contiguous() : Tensor()) {
-    projection = {weight.size(0), weight.size(1), weight.size(2), selected_BNH.size(0) * selected_BNH.size(1), &selection};
+  Call(const Tensor& weight_HDC, const Tensor& choice, const Optional& gates_BNS)
+      : selection(list_rows(weight_HDC.size(0), choice)),
+        weight(weight_HDC),
+        gates(gates_BNS ? gates_BNS->contiguous() : Tensor()) {
+    projection = {weight.size(0), choice.size(2),  weight.size(1), weight.size(2), choice.size(0) * choice.size(1),
+                  &selection};
     if (gates.defined()) projection.gates = gates.const_data_ptr<float>();
   }
 
-  void pack_weights(const Panels<T>& panels, int64_t by_k, int64_t by_n) {
-    packed.reserve(projection.H * panels.size());
-    const T* data = static_cast<const T*>(weight.data_ptr());
-    at::parallel_for(0, projection.H, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t h = begin; h < end; ++h) {
-        if (selection.count(h)) pack(panels, data + h * weight.stride(0), by_k, by_n, packed.data() + h * panels.size());
-      }
-    });
+  Weights<const T> weights_of_heads() const {
+    return {static_cast<const T*>(weight.data_ptr()), weight.stride(0), weight.stride(1), weight.stride(2)};
   }
 
-  // Rows [B, N, C] to heads [B, H, N, D], into `to`.
+  // Rows [B, N, C] to heads [B, S, N, D], into `to`.
   void to_heads(const Tensor& from, const Optional& bias, const Tensor& to, const Optional& other, float* gate_gradient) {
-    pack_weights(projection.panels_to(), weight.stride(2), weight.stride(1));
     const auto target = head_rows<T>(to);
     const auto compared = other ? head_rows<const T>(*other) : HeadRows<const T>{};
     const auto pieces = projection.pieces();
@@ -90,15 +104,14 @@ struct Call {
       [[maybe_unused]] Units<T> units;
       auto memory = std::make_unique<typename Projection<T>::MemoryTo>();
       for (int64_t i = begin; i < end; ++i) {
-        projection.to_heads(pieces[i], static_cast<const T*>(from.data_ptr()), packed.data(), bias_data, target,
+        projection.to_heads(pieces[i], static_cast<const T*>(from.data_ptr()), weights_of_heads(), bias_data, target,
                             other ? &compared : nullptr, gate_gradient, *memory);
       }
     });
   }
 
-  // Heads [B, H, N, D] to rows [B, N, C].
+  // Heads [B, S, N, D] to rows [B, N, C].
   Tensor from_heads(const Tensor& from, const Optional& bias, at::IntArrayRef sizes) {
-    pack_weights(projection.panels_from(), weight.stride(1), weight.stride(2));
     Tensor to = at::empty(sizes, from.options());
     const auto source = head_rows<const T>(from);
     const T* bias_data = bias ? static_cast<const T*>(bias->data_ptr()) : nullptr;
@@ -108,7 +121,7 @@ struct Call {
       [[maybe_unused]] Units<T> units;
       auto memory = std::make_unique<typename Projection<T>::MemoryFrom>();
       for (int64_t i = begin; i < end; ++i) {
-        projection.from_heads(i / columns * kRowsOfSum, i % columns * kColumns, source, packed.data(), bias_data,
+        projection.from_heads(i / columns * kRowsOfSum, i % columns * kColumns, source, weights_of_heads(), bias_data,
                               static_cast<T*>(to.data_ptr()), *memory);
       }
     });
@@ -142,7 +155,7 @@ Tensor sum_of_rows(const Call<T>& call, const Tensor& rows_BHND) {
     for (int64_t h = begin; h < end; ++h) {
       std::fill(sum.begin(), sum.end(), 0.f);
       for (int64_t i = call.selection.start[h]; i < call.selection.start[h + 1]; ++i) {
-        const T* row = rows.at(call.selection.row[i], h);
+        const T* row = rows.at(call.selection.row[i], call.selection.slot[i]);
         for (int64_t d = 0; d < D; ++d) sum[d] += widen(row[d]);
       }
       for (int64_t d = 0; d < D; ++d) narrow(sum[d], static_cast<T*>(out.data_ptr()) + h * D + d);
@@ -162,45 +175,48 @@ auto with_type_of(const Tensor& x, Body body) {
 }
 
 Tensor project_to_heads(const Tensor& hidden_BNC, const Tensor& weight_HDC, const Optional& bias_HD,
-                        const Tensor& selected_BNH) {
+                        const Tensor& choice) {
   return with_type_of(hidden_BNC, [&](auto number) {
     const Tensor hidden = hidden_BNC.contiguous();
     const Optional bias = bias_HD ? Optional(bias_HD->contiguous()) : std::nullopt;
-    Tensor out = zeros_by_token(selected_BNH, weight_HDC.size(1), hidden.options());
-    Call<decltype(number)>(weight_HDC, selected_BNH, {}).to_heads(hidden, bias, out, {}, nullptr);
+    Call<decltype(number)> call(weight_HDC, choice, {});
+    Tensor out = rows_by_token(choice, call.selection, weight_HDC.size(1), hidden.options());
+    call.to_heads(hidden, bias, out, {}, nullptr);
     return out;
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> project_to_heads_backward(const Tensor& grad_BHND, const Tensor& hidden_BNC,
-                                                             const Tensor& weight_HDC, const Tensor& selected_BNH) {
+std::tuple<Tensor, Tensor, Tensor> project_to_heads_backward(const Tensor& grad_BSND, const Tensor& hidden_BNC,
+                                                             const Tensor& weight_HDC, const Tensor& choice,
+                                                             bool has_bias) {
   return with_type_of(hidden_BNC, [&](auto number) {
-    const Tensor grad = unit_stride(grad_BHND), hidden = hidden_BNC.contiguous();
-    Call<decltype(number)> call(weight_HDC, selected_BNH, {});
-    return std::make_tuple(call.from_heads(grad, {}, hidden.sizes()), call.weights(grad, hidden), sum_of_rows(call, grad));
+    const Tensor grad = unit_stride(grad_BSND), hidden = hidden_BNC.contiguous();
+    Call<decltype(number)> call(weight_HDC, choice, {});
+    const Tensor dbias = has_bias ? sum_of_rows(call, grad) : at::empty({0}, grad.options());
+    return std::make_tuple(call.from_heads(grad, {}, hidden.sizes()), call.weights(grad, hidden), dbias);
   });
 }
 
-Tensor project_from_heads(const Tensor& out_BHND, const Tensor& weight_HDC, const Optional& bias_C,
-                          const Tensor& selected_BNH, const Optional& gates_BNH) {
-  return with_type_of(out_BHND, [&](auto number) {
-    const Tensor out = unit_stride(out_BHND);
+Tensor project_from_heads(const Tensor& out_BSND, const Tensor& weight_HDC, const Optional& bias_C,
+                          const Tensor& choice, const Optional& gates_BNS) {
+  return with_type_of(out_BSND, [&](auto number) {
+    const Tensor out = unit_stride(out_BSND);
     const Optional bias = bias_C ? Optional(bias_C->contiguous()) : std::nullopt;
-    return Call<decltype(number)>(weight_HDC, selected_BNH, gates_BNH)
-        .from_heads(out, bias, {selected_BNH.size(0), selected_BNH.size(1), weight_HDC.size(2)});
+    return Call<decltype(number)>(weight_HDC, choice, gates_BNS)
+        .from_heads(out, bias, {choice.size(0), choice.size(1), weight_HDC.size(2)});
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> project_from_heads_backward(const Tensor& grad_BNC, const Tensor& out_BHND,
-                                                               const Tensor& weight_HDC, const Tensor& selected_BNH,
-                                                               const Optional& gates_BNH) {
-  return with_type_of(out_BHND, [&](auto number) {
-    const Tensor grad = grad_BNC.contiguous(), out = unit_stride(out_BHND);
-    Tensor dout = zeros_by_token(selected_BNH, weight_HDC.size(1), out.options());
-    Tensor dgates = gates_BNH ? at::zeros(gates_BNH->sizes(), gates_BNH->options()) : at::empty({0}, grad.options());
-    Call<decltype(number)> call(weight_HDC, selected_BNH, gates_BNH);
-    call.to_heads(grad, {}, dout, gates_BNH ? Optional(out) : std::nullopt,
-                  gates_BNH ? dgates.mutable_data_ptr<float>() : nullptr);
+std::tuple<Tensor, Tensor, Tensor> project_from_heads_backward(const Tensor& grad_BNC, const Tensor& out_BSND,
+                                                               const Tensor& weight_HDC, const Tensor& choice,
+                                                               const Optional& gates_BNS) {
+  return with_type_of(out_BSND, [&](auto number) {
+    const Tensor grad = grad_BNC.contiguous(), out = unit_stride(out_BSND);
+    Call<decltype(number)> call(weight_HDC, choice, gates_BNS);
+    Tensor dout = rows_by_token(choice, call.selection, weight_HDC.size(1), out.options());
+    Tensor dgates = gates_BNS ? at::zeros(gates_BNS->sizes(), gates_BNS->options()) : at::empty({0}, grad.options());
+    call.to_heads(grad, {}, dout, gates_BNS ? Optional(out) : std::nullopt,
+                  gates_BNS ? dgates.mutable_data_ptr<float>() : nullptr);
     return std::make_tuple(dout, call.weights(out, grad), dgates);
   });
 }

@@ -75,6 +75,33 @@ inline bool any_greater(Vec a, Vec b) {
 #endif
 }
 
+// The first `count` numbers, then zeros.
+inline Vec load_first(const float* p, int64_t count) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p);
+#else
+  if (count >= kLanes) return load(p);
+  Vec v = all(0.f);
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+inline void store_first(float* p, Vec v, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), (__m512)v);
+#else
+  if (count >= kLanes) return store(p, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
+inline float sum_of(Vec v) {
+  float sum = 0.f;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
 // 2^f for f in [-1/2, 1/2]: a minimax polynomial, 1 at 0. Its relative error of 2e-9 is lost in the rounding.
 inline Vec exp2_of_fraction(Vec f) {
   Vec p = all(0.00015353361959569156f);

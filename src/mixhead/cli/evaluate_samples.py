@@ -1,0 +1,75 @@
+"""`mixhead evaluate-samples`: how near drawn images are to real ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from torch import Tensor
+
+from mixhead.cli.common import console, progress_bar
+from mixhead.tasks.drawing import image_batches
+from mixhead.tasks.features import EFFICIENTNET, feature_extractor
+from mixhead.tasks.generation_data import generation_images, image_tensors
+from mixhead.tasks.generation_metrics import Quality, compare, statistics
+
+
+def evaluate_samples(
+    samples: Annotated[Path, typer.Argument(help="Folder of drawn images, as `mixhead sample` writes it.")],
+    reference: Annotated[
+        str, typer.Option(help="Real images: fashion-mnist, emoji, or a folder with one folder of images per class.")
+    ],
+    features: Annotated[
+        str,
+        typer.Option(
+            help=f"What compares them: {EFFICIENTNET}, a file of Inception-v3 weights, or the folder of a small "
+            "classifier (`mixhead train fashion-mnist-features`)."
+        ),
+    ] = EFFICIENTNET,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write what was measured to this file.")] = None,
+) -> None:
+    """Prints FID, sFID, Inception Score, precision and recall as the ADM evaluator defines them, and by which features.
+
+    Figures by different features, or from different numbers of images, cannot be compared with each other.
+    """
+    extractor = feature_extractor(features)
+    drawn = statistics(extractor, image_batches(samples))
+    size = next(image_batches(samples, batch=1)).shape[-1]
+    images = generation_images(reference)
+    with progress_bar("Real images") as on_progress:
+        real = statistics(extractor, counted(image_tensors(images, size, channels=3), len(images.labels), on_progress))
+    quality = compare(extractor.name, drawn, real)
+    console.print(table_of(quality))
+    if json_file is not None:
+        json_file.write_text(json.dumps(asdict(quality), indent=2) + "\n", encoding="utf-8")
+
+
+def counted(batches: Iterator[Tensor], total: int, on_progress: Callable[[int, int], None]) -> Iterator[Tensor]:
+    """The same batches, with progress in images."""
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        on_progress(done, total)
+
+
+def table_of(quality: Quality) -> Table:
+    """What was measured, for the terminal."""
+    table = Table("measure", "value", title=f"Features: {quality.extractor}", box=None)
+    rows = {
+        "FID": quality.fid,
+        "sFID": quality.sfid,
+        "Inception Score" if "Inception" in quality.extractor else "score of the classes": quality.inception_score,
+        "precision": quality.precision,
+        "recall": quality.recall,
+    }
+    for name, value in rows.items():
+        table.add_row(name, "-" if value is None else f"{value:.4f}")
+    table.add_row("drawn images", f"{quality.generated:,}")
+    table.add_row("real images", f"{quality.real:,}")
+    return table

@@ -1,0 +1,143 @@
+"""`mixhead inspect`: shows which heads each token used, as a page, in the terminal or as a figure."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers import AutoImageProcessor
+
+from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console, model_folder
+from mixhead.convert import store
+from mixhead.errors import MixheadError
+from mixhead.report.contents import Contents, read_contents
+from mixhead.report.html import write_html
+from mixhead.report.names import short_names
+from mixhead.report.plots import plot_load_by, plot_loads
+from mixhead.report.terminal import terminal_view
+from mixhead.routing import Recording
+from mixhead.tasks.record import picture_files, record_drawing, record_pictures, record_texts, record_writing
+from mixhead.tasks.sampling import class_names, load_pipeline
+from mixhead.tasks.text import text_source
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(help="A recording that was saved, or a model. " + MODEL_HELP)],
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write; heads.html if nothing else is asked for.")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to read, or NAME=text; several are compared with each other. " + TEXT_HELP),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="A prompt to continue instead.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="A picture, or a folder of pictures; its subfolders are classes.")
+    ] = None,
+    draw: Annotated[
+        int | None,
+        typer.Option(min=1, help="Let an image generator draw so many images, of one class after the other."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to read of each text, or to write.")] = 1000,
+    shown: Annotated[int, typer.Option(min=1, help="Tokens that are shown one by one.")] = 10_000,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Show it here.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="A figure to write (.png, .svg, .pdf): the map of loads, or loads --by.")
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option(help="What the figure compares: text, class, position, word class, time_step, …")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer of the figure and of the terminal's tokens.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep the recording under this name (.safetensors, .json).")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+) -> None:
+    """Records which heads the tokens of texts or pictures use, and shows it; or shows what was recorded before."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recording" if save is None else save
+        recorded = read_or_record(source, Inputs(text, prompt, images, draw, tokens), path)
+        contents = read_contents(recorded.recording, shown)
+    if layer is not None:
+        layer = named_layer(contents, layer)
+    if terminal:
+        console.print(terminal_view(contents, layer))
+    if plot is not None:
+        plot_load_by(contents, by, plot, layer) if by is not None else plot_loads(contents, plot)
+        console.print(f"Wrote {plot}.", markup=False, highlight=False)
+    if out is not None or not (terminal or plot):
+        heading = f"Which heads {Path(source).name} uses" if title is None else title
+        written = write_html(contents, out or Path("heads.html"), title=heading, pictures=recorded.pictures)
+        size = written.stat().st_size / 1e6
+        console.print(f"Wrote {written} ({size:.1f} MB): open it in a browser.", markup=False, highlight=False)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is to be shown."""
+
+    texts: Sequence[str] | None
+    prompt: str | None
+    images: Path | None
+    draw: int | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A recording, and the pictures that it is about."""
+
+    recording: Recording
+    pictures: Sequence[bytes] = ()
+
+
+def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
+    """The recording of that name, or a new one of the model of that name."""
+    given = [name for name in ("texts", "prompt", "images", "draw") if getattr(inputs, name) is not None]
+    if Path(f"{source.removesuffix('.safetensors').removesuffix('.json')}.safetensors").is_file():
+        if given:
+            raise MixheadError(f"{source} is a recording, which is shown as it is: leave out the texts or pictures.")
+        return Recorded(Recording(source))
+    if len(given) > 1:
+        raise MixheadError("Give one of texts (--text), a prompt (--prompt), pictures (--images) and --draw.")
+    folder = model_folder(source)
+    about = {"model": Path(source).name}
+    if inputs.images is not None:
+        network = store.load(folder)
+        try:
+            processor = AutoImageProcessor.from_pretrained(folder)
+        except (OSError, ValueError, ImportError) as error:
+            raise MixheadError(f"{folder} has no image processor that can be loaded ({error}).") from error
+        return Recorded(*record_pictures(network, processor, picture_files(inputs.images), path, about=about))
+    if inputs.draw is not None:
+        pipeline = load_pipeline(folder)
+        count = len(class_names(pipeline))
+        classes = [number % count for number in range(inputs.draw)]
+        return Recorded(*record_drawing(pipeline, classes, path, about=about))
+    model, tokenizer = store.load_causal_lm(folder)
+    if inputs.prompt is not None:
+        written = record_writing(model, tokenizer, inputs.prompt, path, new_tokens=inputs.tokens, about=about)
+        return Recorded(written)
+    named = dict(name_and_text(text) for text in inputs.texts or ["addresses:test"])
+    return Recorded(record_texts(model, tokenizer, named, path, most_tokens=inputs.tokens, about=about))
+
+
+def name_and_text(given: str) -> tuple[str, list[str]]:
+    """`NAME=text`, or a text that is named by itself."""
+    name, equals, text = given.partition("=")
+    return name, text_source(text if equals else given, "test")
+
+
+def named_layer(contents: Contents, name: str) -> str:
+    """The layer of that name, long or short.
+
+    Raises:
+        MixheadError: where there is none.
+    """
+    layers = contents.recording.layers
+    known = {**{layer: layer for layer in layers}, **dict(zip(short_names(layers), layers, strict=True))}
+    if name not in known:
+        raise MixheadError(f"No layer {name!r} routes: choose one of {', '.join(short_names(layers))}.")
+    return known[name]

@@ -1,0 +1,167 @@
+"""`mixhead translate`, `evaluate-translation`, `vocabulary`, `pairs`, `expert-words`: what translation needs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+from rich.table import Table
+
+from mixhead.cli.common import DTYPE_HELP, console
+from mixhead.errors import MixheadError
+from mixhead.report.word_statistics import expert_words, words_table
+from mixhead.tasks.aligned_pages import PARTS
+from mixhead.tasks.expert_use import expert_use
+from mixhead.tasks.precision import autocast_dtype
+from mixhead.tasks.sentence_pairs import HELP, read_pairs, write_pairs
+from mixhead.tasks.translate import TranslateConfig, load_translator, translate_lines
+from mixhead.tasks.translation import evaluate_translation, spread
+from mixhead.tasks.vocabulary import lines_of, train_vocabulary
+
+DEFAULTS = TranslateConfig()
+PAIRS_HELP = (
+    "Sentence pairs: `libreoffice-help`, `debian-handbook`, a .tsv file, two files `FILE.en,FILE.de`, a folder with "
+    "train.en, train.de …, or a dataset on disk; `:test` behind it names the part."
+)
+LANGUAGES_HELP = "Language to translate from, and into; columns and suffixes of files are called so."
+
+
+def translate(
+    model: Annotated[str, typer.Argument(help="Folder of a trained encoder-decoder.")],
+    input: Annotated[str, typer.Option("-i", "--input", help="Text to translate, a line each; - reads a pipe.")] = "-",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File for the translations.")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = DEFAULTS.beams,
+    length_penalty: Annotated[
+        float, typer.Option(help="A translation's score is divided by its length to this power.")
+    ] = DEFAULTS.length_penalty,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Source tokens of a batch.")] = DEFAULTS.batch_tokens,
+    look_ahead: Annotated[
+        int, typer.Option(min=1, help="Lines that are read before the first is translated; 1 answers at once.")
+    ] = DEFAULTS.look_ahead,
+    max_source_tokens: Annotated[
+        int, typer.Option(min=1, help="Longer lines are translated in pieces.")
+    ] = DEFAULTS.max_source_tokens,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
+) -> None:
+    """Translates text line by line: one line out for each line in, in order. Warnings go to standard error."""
+    config = TranslateConfig(beams, length_penalty, batch_tokens, look_ahead, max_source_tokens, autocast_dtype(dtype))
+    with _warnings_on_standard_error(), _opened(output) as target:
+        network, tokenizer = load_translator(model)
+        lines = _standard_input() if input == "-" else lines_of([Path(input)])
+        for line in translate_lines(network, tokenizer, lines, config):
+            target.write(line + "\n")
+            target.flush()
+
+
+def evaluate_translation_verb(
+    model: Annotated[str, typer.Argument(help="Folder of a trained encoder-decoder.")],
+    data: Annotated[str, typer.Option(help=PAIRS_HELP)] = f"{HELP}:test",
+    languages: Annotated[tuple[str, str], typer.Option(help=LANGUAGES_HELP)] = ("en", "de"),
+    sentences: Annotated[int | None, typer.Option(min=1, help="At most so many, spread evenly.")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = DEFAULTS.beams,
+    length_penalty: Annotated[
+        float, typer.Option(help="A translation's score is divided by its length to this power.")
+    ] = DEFAULTS.length_penalty,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
+) -> None:
+    """Scores a model: sacreBLEU and chrF with their signatures, and BLEU as the papers of WMT14 count it."""
+    pairs = spread(read_pairs(data, "test", languages), sentences)
+    network, tokenizer = load_translator(model)
+    config = TranslateConfig(beams=beams, length_penalty=length_penalty, dtype=autocast_dtype(dtype))
+    with _warnings_on_standard_error():
+        scores, seconds = evaluate_translation(network, tokenizer, pairs, config)
+    table = Table("measure", "value", box=None)
+    for name, value in asdict(scores).items():
+        table.add_row(name.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else str(value))
+    table.add_row("sentences per CPU second", f"{len(pairs) / seconds:.2f}")
+    console.print(table)
+
+
+def vocabulary(
+    folder: Annotated[Path, typer.Argument(help="Folder for the vocabulary.")],
+    files: Annotated[list[Path] | None, typer.Argument(help="Text files, in all languages.")] = None,
+    data: Annotated[str | None, typer.Option(help="Train on sentence pairs instead. " + PAIRS_HELP)] = None,
+    languages: Annotated[tuple[str, str], typer.Option(help=LANGUAGES_HELP)] = ("en", "de"),
+    size: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = 32_768,
+) -> None:
+    """Trains a vocabulary of subwords (byte-level BPE) for `vocabulary: FOLDER` of a recipe."""
+    if (data is None) == (not files):
+        raise MixheadError("Give either text files or --data.")
+    if data is not None:
+        texts: Iterator[str] = (side for pair in read_pairs(data, "train", languages) for side in pair)
+    else:
+        texts = lines_of(files or [])
+    tokenizer = train_vocabulary(texts, size)
+    tokenizer.save_pretrained(folder)
+    console.print(f"A vocabulary of {len(tokenizer):,} tokens is in {folder}.", markup=False, highlight=False)
+
+
+def pairs(
+    folder: Annotated[Path, typer.Argument(help="Folder for train.tsv, validation.tsv and test.tsv.")],
+    data: Annotated[str, typer.Option(help=PAIRS_HELP)] = HELP,
+    languages: Annotated[tuple[str, str], typer.Option(help=LANGUAGES_HELP)] = ("en", "de"),
+) -> None:
+    """Writes sentence pairs as files, to read or to use elsewhere; no page stands in two parts."""
+    for part in PARTS:
+        count = write_pairs(read_pairs(data, part, languages), folder / f"{part}.tsv")
+        console.print(f"{folder / part}.tsv: {count:,} pairs", markup=False, highlight=False)
+
+
+def expert_words_verb(
+    model: Annotated[str, typer.Argument(help="Folder of a trained MoA encoder-decoder.")],
+    data: Annotated[str, typer.Option(help=PAIRS_HELP)] = f"{HELP}:test",
+    languages: Annotated[tuple[str, str], typer.Option(help=LANGUAGES_HELP)] = ("en", "de"),
+    top: Annotated[int, typer.Option(min=1, help="Words of each expert.")] = 5,
+    min_count: Annotated[int, typer.Option(min=1, help="Rarer words are left out.")] = 5,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File for the table.")] = None,
+) -> None:
+    """Shows how much each attention expert is used, and for which words more often than by chance."""
+    network, tokenizer = load_translator(model)
+    use = expert_use(network, tokenizer, read_pairs(data, "test", languages))
+    words = {
+        name: expert_words(module.selected_TE, module.words, top=top, min_count=min_count)
+        for name, module in use.items()
+    }
+    with _opened(output) as target:
+        target.write(words_table(words, {name: module.load_E for name, module in use.items()}) + "\n")
+
+
+def _standard_input() -> Iterator[str]:
+    """Lines of UTF-8; bytes that are none become signs that stand for them, so that no line is lost."""
+    for line in sys.stdin.buffer:
+        yield line.decode("utf-8", errors="replace").rstrip("\r\n")
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO]:
+    if path is None:
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        yield sys.stdout
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _warnings_on_standard_error() -> Iterator[None]:
+    """What the library warns of, a line each."""
+    logger = logging.getLogger("mixhead")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -1,0 +1,101 @@
+"""A dense DiT becomes mixture-of-head, and back; what calibration needs to know of one.
+
+Calibration is over time steps: a head that matters in almost pure noise may not matter near the image, and the router,
+which sees hidden states scaled and shifted by the time step, can tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mixhead.convert.config import MoHConfig
+from mixhead.errors import MixheadError
+from mixhead.models.hugging_face import AttentionSite, LayerHeads
+from mixhead.models.moh_dit import MoHDiT
+
+TRAINING_STEPS = 1000
+
+
+def convert_dit(model: MoHDiT, config: MoHConfig) -> MoHDiT:
+    """Gives every layer of a dense DiT that shall skip heads a router, in place; see `mixhead.convert`."""
+    if model.config.shared_heads is not None:
+        raise MixheadError("This DiT is mixture-of-head already: call mixhead.revert on it first.")
+    heads = [layer.num_heads for layer in model.config.layers]
+    layers = config.resolve(heads, heads)
+    model.config = replace(
+        model.config,
+        shared_heads=tuple(layer.shared_heads for layer in layers),
+        top_k=tuple(layer.active_heads - layer.shared_heads for layer in layers),
+        router=config.router,
+    )
+    for (_, attention), layer, routes in zip(model.named_attention(), layers, model.config.routes, strict=True):
+        if routes:
+            attention.set_heads(layer, config.router)
+        if config.router == "two_stage":
+            attention.moh_router.reset_parameters()  # type: ignore[union-attr,operator]
+    return model
+
+
+def revert_dit(model: MoHDiT) -> MoHDiT:
+    """The dense DiT again, in place."""
+    if model.config.shared_heads is None:
+        raise MixheadError("This DiT is dense, so there is nothing to revert.")
+    for _, attention in model.named_attention():
+        attention.remove_router()
+    model.config = replace(model.config, shared_heads=None, top_k=None, router="two_stage")
+    return model
+
+
+def dit_sites(model: MoHDiT) -> list[AttentionSite]:
+    """The attention modules of a DiT."""
+    return [
+        AttentionSite(name, module, module.hidden_size, module.num_heads, module.num_heads, module.o_proj)
+        for name, module in model.named_attention()
+    ]
+
+
+def set_dit_layer_heads(model: MoHDiT, index: int, heads: LayerHeads) -> None:
+    """Gives one layer of a converted DiT another number of heads, with a fresh router."""
+    _, attention = list(model.named_attention())[index]
+    attention.remove_router()
+    if not heads.is_dense:
+        attention.set_heads(heads, model.config.router)
+    layers = list(model.config.layers)
+    layers[index] = heads
+    model.config = replace(
+        model.config,
+        shared_heads=tuple(layer.shared_heads for layer in layers),
+        top_k=tuple(layer.active_heads - layer.shared_heads for layer in layers),
+    )
+
+
+def noised_batches(
+    samples: Tensor, classes: Tensor, num_classes: int, *, batch_size: int = 8, null_share: float = 0.1, seed: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """Batches for `mixhead.calibrate`: each sample noised to a random time step of the published, linear schedule.
+
+    Args:
+        samples: images in [-1, 1] or scaled latents, [B, channels, Y, X].
+        classes: their class numbers, [B].
+        num_classes: the null class, which takes the place of some classes, as guidance uses it.
+        batch_size: samples of a batch.
+        null_share: share of the samples that lose their class; 0 for a model without a null class.
+        seed: of the noise, the time steps and the null classes.
+    """
+    if samples.dim() != 4 or classes.shape != samples.shape[:1] or not len(samples):
+        raise MixheadError(
+            "Calibration needs samples [B, channels, Y, X] and a class number for each, got "
+            f"{list(samples.shape)} and {list(classes.shape)}."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    alphas = torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, TRAINING_STEPS, dtype=torch.float64), 0).to(samples.dtype)
+    for x, y in zip(samples.split(batch_size), classes.split(batch_size), strict=True):
+        t = torch.randint(TRAINING_STEPS, (len(x),), generator=generator)
+        alpha = alphas[t].view(-1, 1, 1, 1)
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        null = torch.rand(len(y), generator=generator) < null_share
+        yield {"x": alpha.sqrt() * x + (1.0 - alpha).sqrt() * noise, "t": t, "y": y.masked_fill(null, num_classes)}

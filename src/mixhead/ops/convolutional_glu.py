@@ -1,0 +1,100 @@
+"""`convolutional_glu`: the gated activation of an image model, whose gates see their neighbours on the map.
+
+Shape legend: B batch, N = Y * X tokens of a map, M channels, K = 2 M channels of gates and values.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixhead.errors import MixheadError
+from mixhead.ops.api import Choice
+from mixhead.ops.cpu import convolutional_glu as cpu
+
+
+class ConvolutionalGLU(Protocol):
+    """What an implementation is: checked arguments in, [B, N, M] out."""
+
+    def __call__(
+        self, hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int], /
+    ) -> Tensor: ...
+
+
+def convolutional_glu(
+    hidden_BNK: Tensor,
+    bias_K: Tensor,
+    weight_M33: Tensor,
+    conv_bias_M: Tensor,
+    *,
+    size: tuple[int, int],
+    impl: str = "auto",
+) -> Tensor:
+    """gelu(depthwise convolution of the gates) * values (the convolutional GLU of TransNeXt, arXiv 2311.17132).
+
+    Args:
+        hidden_BNK: gates, then values, of every token of a map, row by row: a projection without its bias.
+        bias_K: the bias of that projection, which is added here, in the same pass.
+        weight_M33: taps of each channel's 3 x 3 convolution; beyond its edges the map is 0.
+        conv_bias_M: bias of the convolution.
+        size: rows Y and columns X of the map.
+        impl: "auto" or one of `GLU_IMPLEMENTATIONS`.
+
+    Returns:
+        [B, N, M] in the dtype of `hidden_BNK`.
+
+    Raises:
+        MixheadError: where shapes or the name of the implementation do not fit.
+    """
+    check(hidden_BNK, bias_K, weight_M33, conv_bias_M, size)
+    if impl == "auto":
+        impl = explain_glu(hidden_BNK).impl
+    if impl not in GLU_IMPLEMENTATIONS:
+        raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(GLU_IMPLEMENTATIONS)}.")
+    if impl == "cpu" and cpu.refusal(hidden_BNK):
+        impl = "reference"
+    return GLU_IMPLEMENTATIONS[impl](hidden_BNK, bias_K, weight_M33, conv_bias_M, size)
+
+
+def explain_glu(hidden_BNK: Tensor) -> Choice:
+    """Which implementation `impl="auto"` takes for these hidden states, and why."""
+    if why := cpu.refusal(hidden_BNK):
+        return Choice("reference", f"{why}; plain PyTorch does the same in five passes")
+    return Choice("cpu", "the C++ kernel does everything in one pass over the memory")
+
+
+def check(hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int]) -> None:
+    """Raises a `MixheadError` that names the argument, the expected shape and the one received."""
+    if hidden_BNK.dim() != 3 or conv_bias_M.dim() != 1:
+        raise MixheadError(
+            "hidden_BNK must be [batch, tokens, 2 channels] and conv_bias_M [channels], got "
+            f"{list(hidden_BNK.shape)} and {list(conv_bias_M.shape)}."
+        )
+    channels, (rows, columns) = conv_bias_M.shape[0], size
+    expected = {
+        "hidden_BNK": (hidden_BNK, (hidden_BNK.shape[0], rows * columns, 2 * channels)),
+        "bias_K": (bias_K, (2 * channels,)),
+        "weight_M33": (weight_M33, (channels, 3, 3)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise MixheadError(
+                f"{name} must be {list(shape)} for {channels} channels and a map of {rows} x {columns}, got "
+                f"{list(tensor.shape)}."
+            )
+
+
+def reference(
+    hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int], /
+) -> Tensor:
+    """The mathematics in portable PyTorch, in the dtype of the hidden states."""
+    bias_K, weight_M33, conv_bias_M = (t.to(hidden_BNK.dtype) for t in (bias_K, weight_M33, conv_bias_M))
+    gate_BNM, value_BNM = (hidden_BNK + bias_K).chunk(2, dim=-1)
+    gate_BMYX = gate_BNM.transpose(1, 2).unflatten(2, size)
+    gate_BMYX = F.conv2d(gate_BMYX, weight_M33.unsqueeze(1), conv_bias_M, padding=1, groups=weight_M33.shape[0])
+    return F.gelu(gate_BMYX).flatten(2).transpose(1, 2) * value_BNM
+
+
+GLU_IMPLEMENTATIONS: dict[str, ConvolutionalGLU] = {"reference": reference, "cpu": cpu.glu}

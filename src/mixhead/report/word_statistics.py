@@ -1,0 +1,89 @@
+"""Which words an expert is chosen for: pointwise mutual information, as in the MoA paper (arXiv 2210.05144).
+
+Shape legend: T tokens, H heads (or experts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixhead.errors import MixheadError
+
+
+@dataclass(frozen=True)
+class WordScore:
+    """A word that goes with an expert.
+
+    Attributes:
+        word: the word.
+        pmi: log2(p(word, expert) / (p(word) p(expert))): how many times, in powers of 2, more often than by chance.
+        count: how often the expert was chosen for it.
+    """
+
+    word: str
+    pmi: float
+    count: int
+
+
+def expert_words(
+    selected_TH: Tensor, words: Sequence[str], *, top: int = 5, min_count: int = 5
+) -> list[list[WordScore]]:
+    """For every expert the words with the highest pointwise mutual information.
+
+    Args:
+        selected_TH: bool, whether the token used the expert.
+        words: the word of every token.
+        top: how many words of each expert.
+        min_count: rarer words are left out: by chance they would stand on top.
+
+    Returns:
+        One list for each expert, the highest first; empty where it was never chosen for a frequent word.
+
+    Raises:
+        MixheadError: where there is not one word for every token.
+    """
+    if len(words) != selected_TH.shape[0]:
+        raise MixheadError(f"There are {len(words)} words for {selected_TH.shape[0]} tokens: give one for each.")
+    known = sorted(set(words))
+    number = {word: index for index, word in enumerate(known)}
+    word_T = torch.tensor([number[word] for word in words], dtype=torch.int64)
+    together_WH = torch.zeros(len(known), selected_TH.shape[1], dtype=torch.float64)
+    together_WH.index_add_(0, word_T, selected_TH.to(torch.float64))
+    total = together_WH.sum().clamp(min=1.0)
+    frequent_W = torch.bincount(word_T, minlength=len(known)) >= min_count
+    expected_WH = together_WH.sum(1, keepdim=True) * together_WH.sum(0, keepdim=True) / total
+    pmi_WH = (together_WH / expected_WH.clamp(min=1e-300)).log2()
+    pmi_WH = pmi_WH.masked_fill(~frequent_W.unsqueeze(1) | (together_WH == 0), -torch.inf)
+    best = pmi_WH.topk(min(top, len(known)), dim=0)
+    return [
+        [
+            WordScore(known[word], pmi, int(together_WH[word, head]))
+            for word, pmi in zip(best.indices[:, head].tolist(), best.values[:, head].tolist(), strict=True)
+            if pmi > -torch.inf
+        ]
+        for head in range(selected_TH.shape[1])
+    ]
+
+
+def words_table(words: dict[str, list[list[WordScore]]], load: dict[str, Tensor]) -> str:
+    """A Markdown table: a line for each expert of each module, its load and its words.
+
+    Args:
+        words: by module, what `expert_words` returned.
+        load: by module, the share of the tokens that used each expert, [H].
+    """
+    lines = ["| module | expert | load | words (times as often as by chance) |", "|---|---:|---:|---|"]
+    for module, experts in words.items():
+        for expert, scores in enumerate(experts):
+            listed = ", ".join(f"{_plain(score.word)} ({2**score.pmi:.1f})" for score in scores)
+            lines.append(f"| {module} | {expert} | {float(load[module][expert]):.1%} | {listed} |")
+    return "\n".join(lines)
+
+
+def _plain(word: str) -> str:
+    """A word that cannot break a table of Markdown or HTML."""
+    return word.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("`", "&#96;")

@@ -1,0 +1,13 @@
+"""`Router`: what every router is, so that whoever wants to see a routing knows where to look."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class Router(nn.Module):
+    """A module whose call returns a `Routing`: `router(hidden_BNC, q_BHND, token_mask_BN)`.
+
+    Each attention layer keeps its router as a submodule and calls it. That is all that `mixhead.record_routing` needs:
+    it listens to the routers of a model, under the names of the modules that hold them.
+    """

@@ -1,0 +1,122 @@
+"""`mixhead inspect` on tiny models: texts, writing, pictures, recordings, and mistakes that end in a sentence."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import mixhead
+from mixhead.cli.app import run
+from mixhead.convert import store
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.train_from_iterator(["the state of the union is strong"] * 5, trainer)
+    torch.manual_seed(0)
+    sizes = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    converted = mixhead.convert(LlamaForCausalLM(sizes).eval(), mixhead.MoHConfig(active=0.5, shared=0.25))
+    store.save(converted, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="</s>"), folder)
+    return str(folder)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"the state of {name} <b>is</b> 😀 strong, {name * 5}", encoding="utf-8")
+    return [f"--text=first={tmp_path}/one.txt", f"--text=second={tmp_path}/two.txt"]
+
+
+def printed(capsys):
+    return re.sub(r"\s+", " ", "".join(capsys.readouterr()))
+
+
+def test_a_page_of_two_texts_and_a_recording_that_is_shown_again(model, texts, tmp_path, capsys):
+    kept, page = tmp_path / "kept", tmp_path / "page.html"
+    assert run(["inspect", model, *texts, "--out", str(page), "--save", str(kept)]) == 0
+    assert "Wrote" in printed(capsys)
+    text = page.read_text("utf-8")
+    assert "<b>is</b>" not in text
+    assert "\\u003cb\\u003e" in text or "\\u003c" in text
+    again = tmp_path / "again.html"
+    assert run(["inspect", str(kept), "--out", str(again), "--title", "Which heads tiny uses"]) == 0
+    assert again.read_text("utf-8") == text
+    assert run(["inspect", f"{kept}.safetensors", "--terminal"]) == 0
+    shown = printed(capsys)
+    assert "Load of every head" in shown
+    assert "Text 2 (second)" in shown
+
+
+def test_the_figure_of_the_paper_is_one_command(model, texts, tmp_path):
+    figure = tmp_path / "loads.svg"
+    assert run(["inspect", model, *texts, "--plot", str(figure), "--by", "text"]) == 0
+    assert "<svg" in figure.read_text("utf-8")
+    assert not (tmp_path / "heads.html").exists()
+
+
+def test_what_it_writes(model, tmp_path):
+    page = tmp_path / "page.html"
+    assert run(["inspect", model, "--prompt", "the state", "--tokens", "5", "--out", str(page)]) == 0
+    assert page.is_file()
+
+
+def test_pictures_by_class(tmp_path):
+    from mixhead.models.moh_vit import MoHTransNeXtConfig, MoHTransNeXtForImageClassification
+    from mixhead.models.moh_vit.images import image_processor
+
+    config = MoHTransNeXtConfig(
+        hidden_sizes=(8, 16), num_heads=(2, 4), depths=(1, 1), mlp_ratios=(2, 2), pool_ratios=(2, 1),
+        shared_heads=(1, 1), top_k=(1, 2), image_size=32, num_labels=3,
+    )  # fmt: skip
+    folder = tmp_path / "vit"
+    store.save(MoHTransNeXtForImageClassification(config).eval(), image_processor(config), folder)
+    for name, colour in (("bag", "red"), ("boat", "blue")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), colour).save(tmp_path / "pictures" / name / "a.png")
+    page, figure = tmp_path / "page.html", tmp_path / "class.png"
+    command = ["inspect", str(folder), "--images", str(tmp_path / "pictures"), "--out", str(page)]
+    assert run([*command, "--plot", str(figure), "--by", "class"]) == 0
+    text = page.read_text("utf-8")
+    assert text.count("data:image/png;base64,") == 2
+    assert "Picture 2 (boat)" in text
+    assert figure.is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", "nowhere.txt"], "There is no text file nowhere.txt"),
+        (["--prompt", ""], "The prompt holds no token"),
+        (["--prompt", "a", "--images", "x"], "Give one of texts"),
+        (["--prompt", "the", "--tokens", "2", "--layer", "7"], "No layer '7' routes: choose one of 0, 1."),
+        (["--prompt", "the", "--tokens", "2", "--plot", "a.bmp"], "is written as .png, .svg, .pdf"),
+        (["--prompt", "the", "--tokens", "2", "--plot", "a.png", "--by", "class"], "not grouped by 'class'"),
+        (["--prompt", "the", "--tokens", "2", "--save", "no/where"], "does not exist: make it first"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(model, options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(["inspect", model, *options]) == 2
+    assert message in printed(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dense_model_is_refused(tmp_path, model, capsys):
+    from transformers import AutoModelForCausalLM
+
+    dense = mixhead.revert(AutoModelForCausalLM.from_pretrained(model))
+    store.save(dense, store.load_tokenizer(model), tmp_path / "dense")
+    assert run(["inspect", str(tmp_path / "dense"), "--prompt", "the", "--tokens", "2"]) == 2
+    assert "routes in no layer" in printed(capsys)

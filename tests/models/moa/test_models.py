@@ -1,0 +1,169 @@
+"""The MoA encoder-decoder and the MoA encoder as models of transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+import mixhead  # noqa: F401  # makes the models known to transformers
+from mixhead.errors import MixheadError
+from mixhead.models.moa import (
+    NAMED,
+    MoAEncoderConfig,
+    MoAForMaskedLM,
+    MoATransformerConfig,
+    MoATransformerForConditionalGeneration,
+)
+from mixhead.models.moa.attention import DenseAttention, ExpertAttention
+from mixhead.models.moa.modeling import IGNORED
+from mixhead.tasks.compute import forward_macs
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_heads": 5,
+    "active_heads": 2,
+    "head_dim": 8,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+}
+DENSE = {**SIZES, "num_heads": 3, "active_heads": None}
+
+
+def seq2seq(**changes: object) -> MoATransformerForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "encoder_layers": 2, "decoder_layers": 2, **changes}
+    model = MoATransformerForConditionalGeneration(MoATransformerConfig(**sizes)).eval()
+    for module in model.modules():
+        if isinstance(module, ExpertAttention):  # Routers start at 0, where all tokens choose alike.
+            torch.nn.init.normal_(module.experts.router.gate_proj.weight)
+    return model
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Two sentences, of which the second is shorter on both sides."""
+    torch.manual_seed(1)
+    ids, labels = torch.randint(4, 40, (2, 7)), torch.randint(4, 40, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[1, 4:], ids[1, 4:], labels[1, 3:] = 0, 0, IGNORED
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("sizes", [SIZES, DENSE], ids=["moa", "dense"])
+def test_decoding_step_by_step_gives_the_same_scores(sizes: dict[str, object]) -> None:
+    model, inputs = seq2seq(**sizes), batch()
+    whole = model(**inputs).logits
+    target = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    source = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    cache, steps = None, []
+    for ids in (target[:, :2], target[:, 2:3], target[:, 3:]):
+        output = model(**source, decoder_input_ids=ids, cache=cache, use_cache=True)
+        cache = output.cache
+        steps.append(output.logits)
+    real = inputs["labels"] != IGNORED
+    torch.testing.assert_close(torch.cat(steps, 1)[real], whole[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, DENSE], ids=["moa", "dense"])
+def test_padding_changes_nothing(sizes: dict[str, object]) -> None:
+    model, inputs = seq2seq(**sizes), batch()
+    padded = model(**inputs, output_routing=True)
+    alone = model(inputs["input_ids"][1:, :4], labels=inputs["labels"][1:, :3], output_routing=True)
+    torch.testing.assert_close(padded.logits[1:, :3], alone.logits, rtol=1e-4, atol=1e-5)
+    for routing in padded.routing:
+        mask_BN = routing.token_mask_BN
+        assert mask_BN is not None
+        assert not routing.selected_BNH[~mask_BN].any() and (routing.selected_BNH.sum(-1)[mask_BN] == 2).all()
+
+
+def test_the_auxiliary_loss_is_that_of_all_modules_and_is_added_in_training_only() -> None:
+    model, inputs = seq2seq(), batch()
+    output = model.train()(**inputs, output_routing=True)
+    assert len(output.routing) == 2 + 2 * 2
+    torch.testing.assert_close(output.auxiliary_loss, sum(routing.aux_loss for routing in output.routing))
+    evaluated = model.eval()(**inputs)
+    torch.testing.assert_close(output.loss, evaluated.loss + output.auxiliary_loss)
+    assert seq2seq(**DENSE).train()(**inputs).auxiliary_loss is None
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    model, inputs = seq2seq(), batch()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model.train()(**inputs).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_auto_classes_load_what_was_saved(tmp_path: Path) -> None:
+    model, inputs = seq2seq(), batch()
+    model.save_pretrained(tmp_path / "seq2seq")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "seq2seq").eval()
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    encoder = MoAForMaskedLM(MoAEncoderConfig(**SIZES, num_hidden_layers=2)).eval()
+    encoder.save_pretrained(tmp_path / "encoder")
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "encoder").eval()
+    ids = inputs["input_ids"]
+    assert torch.equal(again(ids).logits, encoder(ids).logits)
+    assert again.lm_head.decoder.weight is again.model.embeddings.tokens.weight
+
+
+def test_generation_is_the_same_alone_and_in_a_batch() -> None:
+    model, inputs = seq2seq(), batch()
+    how = {"num_beams": 3, "length_penalty": 0.6, "max_new_tokens": 6}
+    both = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **how)
+    alone = model.generate(inputs["input_ids"][1:, :4], **how)
+    assert torch.equal(both[1, : alone.shape[1]], alone[0])
+
+
+def test_published_sizes() -> None:
+    """MoA base has 44.1 M parameters beside the embeddings, as its layers' sizes say; big has 181.2 M."""
+    with torch.device("meta"):
+        for name, millions in (("moa-base", 65), ("moa-big", 200), ("transformer-base", 65)):
+            model = MoATransformerForConditionalGeneration(MoATransformerConfig.named(name, vocab_size=37_000))
+            assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.05)
+    assert (NAMED["moa-big"]["active_heads"], NAMED["moa-big"]["num_heads"]) == (16, 32)
+
+
+def test_experts_cost_what_a_token_chooses() -> None:
+    ids = torch.randint(4, 40, (1, 8))
+    few = forward_macs(seq2seq(num_heads=4), input_ids=ids, decoder_input_ids=ids)
+    many = forward_macs(seq2seq(num_heads=16), input_ids=ids, decoder_input_ids=ids)
+    router = 12 * SIZES["hidden_size"] * 8 * (2 + 2 * 2)
+    assert many - few == router
+
+
+def test_dense_and_expert_attention_are_told_apart() -> None:
+    kinds = {type(module) for module in seq2seq().modules()}
+    assert ExpertAttention in kinds and DenseAttention not in kinds
+    assert not MoATransformerConfig(**DENSE).routes
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"active_heads": 6}, "active_heads=6 must be from 1 to num_heads=5"),
+        ({"head_dim": 0}, "head_dim=0 must be a whole number"),
+        ({"hidden_size": 25}, "must be even"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(MixheadError, match=sentence):
+        MoATransformerConfig(**{**SIZES, **change})
+    with pytest.raises(MixheadError, match="choose one of"):
+        MoATransformerConfig.named("moa-huge")
+
+
+def test_weights_keep_their_configuration() -> None:
+    config = MoATransformerConfig(**SIZES)
+    with pytest.raises(MixheadError, match="cannot be changed"):
+        config.num_heads = 7
