@@ -18,7 +18,6 @@
 namespace mixhead {
 
 constexpr float kRaise = 8.f;       // P stays below 2^8
-constexpr int64_t kFewKeys = 512, kShortSum = 32;
 constexpr int64_t kKeyPairs = 32;   // keys transposed at a time when bf16 values are packed
 
 // How operands are laid out. float operands of float tensors are read in place; all others are packed once per
@@ -317,11 +316,14 @@ class Attention : public Problem<In> {
     write_output(block, m.outT, out);
   }
 
-  // Among few keys each score's error counts, so their sums are cut in pieces; among many it averages out.
+  // How many products of a score are summed up at a time. Short sums have smaller rounding errors; among many keys those of
+  // the long sums over keys outweigh them.
+  int64_t short_sum() const { return s.T <= 16 ? 8 : s.T <= 512 ? 32 : s.D; }
+
   void score(int64_t keys, int64_t lanes, const Left<Op>& rows_, const Op* queriesT, float* scores) const {
-    const int64_t piece = s.T <= kFewKeys ? kShortSum : s.D;
-    for (int64_t d = 0; d < s.D; d += piece) {
-      product(keys, lanes, std::min(piece, s.D - d), rows_.from(0, d), queriesT + d * kRows, kRows, scores, kRows, d > 0);
+    const int64_t most = short_sum();
+    for (int64_t d = 0; d < s.D; d += most) {
+      product(keys, lanes, std::min(most, s.D - d), rows_.from(0, d), queriesT + d * kRows, kRows, scores, kRows, d > 0);
     }
   }
 

@@ -23,6 +23,7 @@ namespace mixhead {
 
 constexpr int64_t kPiece = 256;       // keys in a piece
 constexpr int64_t kMostRows = 32;     // of any key-value head
+constexpr int64_t kFewScores = 2;     // of a row
 constexpr int64_t kKeyBlock = 64;     // values that stay in the first cache while several tiles of rows pass
 constexpr int64_t kAheadBytes = 4096; // how far ahead of its use memory is asked for
 
@@ -96,26 +97,6 @@ inline Vec sums_of_lanes(const Vec* x) {
   }
 }
 
-inline float largest_lane(Vec x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  float largest = x[0];
-  for (int i = 1; i < kLanes; ++i) largest = std::max(largest, x[i]);
-  return largest;
-#endif
-}
-
-inline float sum_of_lanes(Vec x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)x);
-#else
-  float sum = 0.f;
-  for (int i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
-#endif
-}
-
 // Calls `use(number of rows at a time, first row)` with 4, 2 or 1 at a time, known when compiling.
 template <class Use>
 inline void for_tiles_of_rows(int64_t count, Use use) {
@@ -127,7 +108,7 @@ inline void for_tiles_of_rows(int64_t count, Use use) {
 
 // Scores of kLanes / R keys for R rows; past `keys` the last key is read again.
 template <int R, class In>
-inline void score_tile(const float* q, int64_t ldq, const In* k, int64_t row, int64_t keys, int64_t D, float* scores) {
+[[gnu::always_inline]] inline void score_tile(const float* q, int64_t ldq, const In* k, int64_t row, int64_t keys, int64_t D, float* scores) {
   constexpr int kKeys = kLanes / R;
   constexpr int64_t ahead = kAheadBytes / sizeof(In);
   const In* key[kKeys];
@@ -158,6 +139,23 @@ inline void score_tile(const float* q, int64_t ldq, const In* k, int64_t row, in
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     std::memcpy(scores + r * kPiece, reinterpret_cast<const float*>(&total) + r * kKeys, kKeys * sizeof(float));
+  }
+}
+
+// Scores of so few keys that a tile, which adds up the lanes of many sums together, does not pay.
+template <class In>
+inline void score_one_by_one(const float* q, int64_t rows, int64_t ldq, const In* k, int64_t row, int64_t keys, int64_t D,
+                             float* scores) {
+  const int64_t whole = D / kLanes * kLanes;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t t = 0; t < keys; ++t) {
+      const float* query = q + r * ldq;
+      const In* key = k + t * row;
+      Vec sum = all(0.f);
+      for (int64_t d = 0; d < whole; d += kLanes) sum += load(query + d) * load_wide(key + d);
+      if (whole < D) sum += load(query + whole) * load_some(key + whole, D - whole);
+      scores[r * kPiece + t] = sum_of(sum);
+    }
   }
 }
 
@@ -333,7 +331,12 @@ class Decode {
       copy_row(from, s.D, 1.f, m.q + r * dim());
       std::fill(m.q + r * dim() + s.D, m.q + (r + 1) * dim(), 0.f);
     }
-    score(m.q, rows.count, k.at(rows.b, rows.kv_head, seen.begin), keys, m.scores);
+    const In* first_key = k.at(rows.b, rows.kv_head, seen.begin);
+    if (keys <= kFewScores) {
+      score_one_by_one(m.q, rows.count, dim(), first_key, k.row, keys, s.D, m.scores);
+    } else {
+      score(m.q, rows.count, first_key, keys, m.scores);
+    }
     for (int64_t r = 0; r < rows.count; ++r) softmax(m.scores + r * kPiece, seen.bias[r], keys, max + r, sum + r);
     add_values(m.scores, rows.count, v.at(rows.b, rows.kv_head, seen.begin), keys, to);
   }
@@ -361,13 +364,13 @@ class Decode {
     std::fill(scores + keys, scores + padded, -kInfinity);
     Vec largest = all(kLowest), total = all(0.f);
     for (int64_t t = 0; t < padded; t += kLanes) largest = larger(load(scores + t), largest);
-    *max = largest_lane(largest);
+    *max = largest_of(largest);
     for (int64_t t = 0; t < padded; t += kLanes) {
       const Vec p = exp2(load(scores + t) - *max);
       store(scores + t, p);
       total += p;
     }
-    *sum = sum_of_lanes(total);
+    *sum = sum_of(total);
   }
 
   void add_values(const float* probs, int64_t rows, const In* values, int64_t keys, float* to) const {

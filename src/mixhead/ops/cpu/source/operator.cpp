@@ -41,13 +41,32 @@ View<T> view_of_gates(const Tensor& x) {
 Mask mask_of(const std::optional<Tensor>& x) {
   Mask mask;
   if (!x) return mask;
-  TORCH_CHECK(x->dim() == 4, "the mask must have 4 dimensions, got ", x->dim());
   mask.data = x->data_ptr();
   mask.type = x->scalar_type() == at::kBool ? MaskType::boolean
               : x->scalar_type() == at::kFloat ? MaskType::float32 : MaskType::bfloat16;
   int64_t* strides[] = {&mask.batch, &mask.head, &mask.row, &mask.key};
   for (int i = 0; i < 4; ++i) *strides[i] = x->size(i) == 1 ? 0 : x->stride(i);
   return mask;
+}
+
+// Refuses what the kernel would read past its end. A sentence for users is made in Python.
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gates, const Tensor& selected,
+           const std::optional<Tensor>& mask) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && gates.dim() == 3 && q.numel() > 0 && k.numel() > 0,
+              "queries, keys and values must have 4 dimensions, gates 3, and none of size 0");
+  const int64_t B = q.size(0), H = q.size(1), N = q.size(2), T = k.size(2), D = q.size(3);
+  TORCH_CHECK(k.size(0) == B && H % k.size(1) == 0 && k.size(3) == D && v.sizes() == k.sizes(), "queries ", q.sizes(),
+              ", keys ", k.sizes(), " and values ", v.sizes(), " do not fit");
+  TORCH_CHECK(gates.size(0) == B && gates.size(1) == N && gates.size(2) == H && selected.sizes() == gates.sizes(), "gates ",
+              gates.sizes(), " and selection ", selected.sizes(), " do not fit queries ", q.sizes());
+  const auto dtype = q.scalar_type();
+  TORCH_CHECK((dtype == at::kFloat || dtype == at::kBFloat16) && k.scalar_type() == dtype && v.scalar_type() == dtype &&
+                  gates.scalar_type() == dtype && selected.scalar_type() == at::kBool,
+              "queries, keys, values and gates must be float32 or bfloat16, all of one dtype, and the selection boolean");
+  if (!mask) return;
+  const int64_t sizes[] = {B, H, N, T};
+  TORCH_CHECK(mask->dim() == 4, "the mask must have 4 dimensions, got ", mask->dim());
+  for (int i = 0; i < 4; ++i) TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == sizes[i], "the mask does not fit");
 }
 
 // Calls `body(next)` on every thread. A body takes pieces of work by counting `next` up, so that pieces may differ in size;
@@ -360,6 +379,7 @@ Tensor empty_by_token(const Tensor& q) {
 
 Tensor run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gates, const Tensor& selected,
            const std::optional<Tensor>& mask, bool causal, double scale, float* stats) {
+  check(q, k, v, gates, selected, mask);
   Tensor out = empty_by_token(q);
   const Shape shape{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), causal, float(scale)};
   const bool in_float = q.scalar_type() == at::kFloat;
