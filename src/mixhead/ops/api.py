@@ -152,7 +152,7 @@ def run(
         gates_BNH if gates_BNH.dtype == dtype else gates_BNH.to(dtype),
         routing.selected_BNH,
         causal=causal,
-        scale=max(q_BHND.shape[-1], 1) ** -0.5 if scale is None else scale,
+        scale=(q_BHND.shape[-1] or 1) ** -0.5 if scale is None else scale,
         attn_mask=attn_mask,
     )
 

@@ -48,7 +48,7 @@ def is_default(q_BHND: Tensor) -> bool:
         loaded_level() in LEVELS.get(q_BHND.dtype, ())
         and q_BHND.is_cpu
         and q_BHND.dim() == 4
-        and q_BHND.size(3) >= MIN_HEAD_DIM
+        and q_BHND.shape[3] >= MIN_HEAD_DIM
     )
 
 

@@ -25,6 +25,10 @@ torch.library.define(
     " Tensor statistics, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgates)",
 )
 
+# Looked up once: in every call it would take a few percent of the attention of one token.
+ATTEND = torch.ops.mixhead.attend_cpu.default
+ATTEND_WITHOUT_GRADIENT = torch.ops.mixhead.attend_cpu_inference.default
+
 
 def attend(
     q_BHND: Tensor,
@@ -41,9 +45,9 @@ def attend(
     arguments = (q_BHND, k_BKTD, v_BKTD, gates_BNH, selected_BNH, attn_mask, causal, scale)
     # What an autograd formula in Python adds to a call is as long as the attention of one token to a short cache.
     if not (torch.is_grad_enabled() and any_requires_grad(q_BHND, k_BKTD, v_BKTD, gates_BNH)):
-        only_BHND: Tensor = torch.ops.mixhead.attend_cpu_inference.default(*arguments)
+        only_BHND: Tensor = ATTEND_WITHOUT_GRADIENT(*arguments)
         return only_BHND
-    out_BHND, _ = torch.ops.mixhead.attend_cpu.default(*arguments)
+    out_BHND, _ = ATTEND(*arguments)
     return out_BHND
 
 

@@ -108,7 +108,8 @@ inline void for_tiles_of_rows(int64_t count, Use use) {
 
 // Scores of kLanes / R keys for R rows; past `keys` the last key is read again.
 template <int R, class In>
-[[gnu::always_inline]] inline void score_tile(const float* q, int64_t ldq, const In* k, int64_t row, int64_t keys, int64_t D, float* scores) {
+[[gnu::always_inline]] inline void score_tile(const float* q, int64_t ldq, const In* k, int64_t row, int64_t keys, int64_t D,
+                                              float* scores) {
   constexpr int kKeys = kLanes / R;
   constexpr int64_t ahead = kAheadBytes / sizeof(In);
   const In* key[kKeys];
@@ -210,9 +211,10 @@ class Decode {
   struct Memory {
     float *q, *scores, *bias;
   };
-  int64_t bytes() const { return kMostRows * (dim() + 2 * kPiece) * int64_t(sizeof(float)) + 1024; }
+  int64_t bytes() const { return all_rows() * (dim() + 2 * kPiece) * int64_t(sizeof(float)) + 1024; }
   Memory memory(Arena& arena) const {
-    return {arena.take<float>(kMostRows * dim()), arena.take<float>(kMostRows * kPiece), arena.take<float>(kMostRows * kPiece)};
+    const int64_t rows = all_rows();
+    return {arena.take<float>(rows * dim()), arena.take<float>(rows * kPiece), arena.take<float>(rows * kPiece)};
   }
 
   void run(Memory& m, int64_t item) const {
@@ -234,9 +236,10 @@ class Decode {
   };
 
   // Of one piece: [rows][dim], then the rows' maxima, then their sums.
-  int64_t partial_size() const { return s.N * s.groups() * (dim() + 2); }
+  int64_t partial_size() const { return all_rows() * (dim() + 2); }
   float* partial(int64_t bk, int64_t piece) const { return partial_.get() + (bk * pieces() + piece) * partial_size(); }
   int64_t lists() const { return s.B * s.K; }
+  int64_t all_rows() const { return s.N * s.groups(); }  // of one key-value head, selected or not: at most kMostRows
   int64_t pieces() const { return (s.T + kPiece - 1) / kPiece; }
   int64_t dim() const { return round_up(s.D, kLanes); }
 
@@ -317,7 +320,7 @@ class Decode {
   }
 
   void attend(Memory& m, const Rows& rows, int64_t t0, float* to) const {
-    float *max = to + s.N * s.groups() * dim(), *sum = max + rows.count;
+    float *max = to + all_rows() * dim(), *sum = max + rows.count;
     std::memset(to, 0, rows.count * dim() * sizeof(float));
     const Visible seen = look(m, rows, t0);
     const int64_t keys = seen.end - seen.begin;
@@ -399,15 +402,15 @@ class Decode {
 
   // Adds up a key-value head's pieces in order, and writes its rows of the output.
   void combine(const Rows& rows, int64_t bk) const {
-    const int64_t size = s.B * s.H * s.N, all_rows = s.N * s.groups();
+    const int64_t size = s.B * s.H * s.N;
     for (int64_t r = 0; r < rows.count; ++r) {
-      const auto max_of = [&](int64_t piece) { return partial(bk, piece)[all_rows * dim() + r]; };
-      const auto sum_of = [&](int64_t piece) { return partial(bk, piece)[all_rows * dim() + rows.count + r]; };
+      const auto max_of = [&](int64_t piece) { return partial(bk, piece)[all_rows() * dim() + r]; };
+      const auto sum_of = [&](int64_t piece) { return partial(bk, piece)[all_rows() * dim() + rows.count + r]; };
       float max = kLowest, sum = 0.f;
       for (int64_t piece = 0; piece < pieces(); ++piece) max = std::max(max, max_of(piece));
       float* total = partial(bk, 0) + r * dim();
       for (int64_t piece = 0; piece < pieces(); ++piece) {
-        const float factor = std::exp2(max_of(piece) - max);
+        const float factor = pieces() == 1 ? 1.f : std::exp2(max_of(piece) - max);
         const float* from = partial(bk, piece) + r * dim();
         sum += factor * sum_of(piece);
         for (int64_t d = 0; d < s.D; ++d) total[d] = (piece == 0 ? 0.f : total[d]) + factor * from[d];
