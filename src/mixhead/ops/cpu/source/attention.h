@@ -318,7 +318,7 @@ class Attention : public Problem<In> {
 
   // How many products of a score are summed up at a time. Short sums have smaller rounding errors; among many keys those of
   // the long sums over keys outweigh them.
-  int64_t short_sum() const { return s.T <= 16 ? 8 : s.T <= 512 ? 32 : s.D; }
+  int64_t short_sum() const { return s.T <= 16 ? 8 : s.T <= 64 ? 32 : s.D; }
 
   void score(int64_t keys, int64_t lanes, const Left<Op>& rows_, const Op* queriesT, float* scores) const {
     const int64_t most = short_sum();
