@@ -21,7 +21,6 @@ import datetime
 import fcntl
 import functools
 import json
-import platform
 import statistics as stats
 import time
 from collections.abc import Callable, Iterator
@@ -29,8 +28,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from mixhead.ops.crossover import cpu_model
 from mixhead.tasks.drawing import write_png
 from mixhead.tasks.features import ClassifierFeatures
 from mixhead.tasks.generation_data import generation_images, pixel_inputs
@@ -135,7 +136,9 @@ def write_results(arguments: argparse.Namespace) -> None:
     for arm in ARMS:
         pictures = sorted(arguments.runs.glob(f"{arm.rstrip('%')}-*/grid.png"))
         if pictures:
-            (IMAGES / f"fashion-dit-{arm.rstrip('%')}.png").write_bytes(pictures[0].read_bytes())
+            with Image.open(pictures[0]) as small:
+                twice = small.resize((2 * small.width, 2 * small.height), Image.Resampling.NEAREST)
+            twice.save(IMAGES / f"fashion-dit-{arm.rstrip('%')}.png", optimize=True)
 
 
 def report(found: list[dict], arguments: argparse.Namespace) -> str:
@@ -144,7 +147,7 @@ def report(found: list[dict], arguments: argparse.Namespace) -> str:
         "# A small DiT on Fashion-MNIST, in pixel space",
         "",
         f"`python benchmarks/fashion_dit.py --runs RUNS --seeds {' '.join(map(str, arguments.seeds))}`, "
-        f"{datetime.date.today()}, torch {torch.__version__}, {cpu_name()}, {arguments.threads} thread(s).",
+        f"{datetime.date.today()}, torch {torch.__version__}, {cpu_model()}, {arguments.threads} thread(s).",
         "",
         f"Every run: {recipe['training']['steps']} steps of {recipe['training']['batch_size']} images; "
         f"{quality['generated']:,} images drawn with {SAMPLING.steps} steps of DPM-Solver++ without guidance, compared "
@@ -170,13 +173,6 @@ def report(found: list[dict], arguments: argparse.Namespace) -> str:
             deviation = f"{stats.stdev(fids):.3f}" if len(fids) > 1 else "-"
             lines.append(f"| {arm} | {len(fids)} | {stats.mean(fids):.3f} | {deviation} |")
     return "\n".join(lines) + "\n"
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from mixhead import __version__
+from mixhead.ops.crossover import cpu_model
 from mixhead.tasks.image_classification import train
 from mixhead.tasks.recipes import read_recipe
 
@@ -53,11 +54,6 @@ def run_arm(arm: str, seed: int, runs: Path) -> None:
             }
             result.write_text(json.dumps({"arm": arm, "seed": seed, **done.metrics, **health}) + "\n")
             print(result.read_text(), flush=True)
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def table(results: list[dict]) -> str:
@@ -116,7 +112,7 @@ def write_results(runs: Path) -> None:
         "# A small MoH-ViT on Fashion-MNIST\n\n"
         "`python benchmarks/fashion_vit.py`, "
         f"{datetime.now(UTC):%Y-%m-%d}; mixhead {__version__}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, Python {platform.python_version()}; {cpu_name()}, one thread for each training."
+        f"{transformers.__version__}, Python {platform.python_version()}; {cpu_model()}, one thread for each training."
         "\n\n"
         f"All arms: {recipe['epochs']} epochs of 60,000 images, batches of {recipe['batch_size']}, learning rate "
         f"{recipe['learning_rate']}, the recipes of the same name; measured on the 10,000 test images after the last "

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixhead
-from mixhead.tasks.evaluate import Accuracy, Perplexity, Row, Table, perplexity
+from mixhead.ops.crossover import cpu_model
+from mixhead.tasks.evaluate import Accuracy, Perplexity, Row, Table, heads_of, perplexity
 from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
 from mixhead.tasks.smollm2 import smollm2_folder
 from mixhead.tasks.text import text_source, token_windows
@@ -156,9 +156,7 @@ def evaluate(
     model: Any, tokenizer: Any, when: str, done: dict[str, Any], arguments: argparse.Namespace, save: Callable[[], None]
 ) -> None:
     """Perplexities, and the tasks if they are wanted."""
-    layers = model.config.moh["layers"] if isinstance(getattr(model.config, "moh", None), dict) else None
-    heads = model.config.num_attention_heads
-    active = heads if layers is None else sum(layer["active_heads"] for layer in layers) / len(layers)
+    active, heads = heads_of(model)
     done.setdefault(when, {"active": active, "heads": heads})
     texts: dict[str, Callable[[], Tensor]] = {
         "test": lambda: token_windows(tokenizer, text_source("addresses", "test"), WINDOW, TEST_WINDOWS)
@@ -202,7 +200,7 @@ def make_table(arguments: argparse.Namespace) -> Table:
         *other,
         f"python benchmarks/language_model.py --run RUNS --tokens {arguments.tokens} --tasks {arguments.tasks}",
         f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{torch.get_num_threads()} threads, {processor()}.",
+        f"{torch.get_num_threads()} threads, {cpu_model()}.",
     )
     return Table("SmolLM2-135M as mixture-of-head", tuple(rows), notes)
 
@@ -230,13 +228,6 @@ def make_row(arm: Arm, name: str, done: dict[str, Any], when: str, tokens: int) 
         seconds=seconds,
         original=name == "original",
     )
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

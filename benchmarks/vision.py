@@ -17,12 +17,11 @@ process of its own.
 
 import argparse
 import multiprocessing
-import platform
+import os
 import statistics
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +34,7 @@ from mixhead.models.moh_vit import attention as attention_module
 from mixhead.models.moh_vit.attention import PositionBias
 from mixhead.models.moh_vit.modeling import ConvolutionalGLU
 from mixhead.ops import RelativeBias, aggregated_attention
+from mixhead.ops.crossover import cpu_model
 
 SIDE, PRODUCTS = 1024, 8  # of the matrices whose product tells the rate, and how many are made in a round
 HEADER = """| model | pass | plain | ours | floor | plain / ours | ours / floor | peak MiB, plain | ours |
@@ -138,13 +138,6 @@ def row(options: argparse.Namespace, name: str, which: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def cpu_name() -> str:
-    """The CPU as the system calls it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="+", default=["moh-vit-b-75"], choices=list(PUBLISHED))
@@ -158,8 +151,8 @@ def main():
     clock = "CPU time" if options.threads == 1 else "wall time"
     print(
         f"{options.batch} images of {options.size} px, {options.threads} thread(s), {clock}, {options.rounds} rounds, "
-        f"float32; {datetime.now(UTC):%Y-%m-%d}, PyTorch {torch.__version__}, {cpu_name()} "
-        f"({torch.backends.cpu.get_cpu_capability()})\n\n{HEADER}"
+        f"float32; {datetime.now(UTC):%Y-%m-%d}, PyTorch {torch.__version__}, {cpu_model()}, "
+        f"{os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()})\n\n{HEADER}"
     )
     for name in options.names:
         for which in options.passes:

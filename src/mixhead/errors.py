@@ -1,4 +1,4 @@
-"""The one exception type for a user's mistake."""
+"""The one exception type for a user's mistake, and what its sentences are made of."""
 
 
 class MixheadError(ValueError):
@@ -7,3 +7,17 @@ class MixheadError(ValueError):
     The message is a whole sentence that says what to do; the command line prints it without a traceback and exits
     with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error, for the end of a sentence."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+def some(names: list[str], limit: int = 6) -> str:
+    """A list of names that stays readable."""
+    if not names:
+        return "none"
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -189,7 +189,7 @@ def test_a_sample_depends_on_seed_and_number_alone(pictures):
         ours, theirs = order[number], again[number]
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert not torch.equal(ours["noise"], other[number]["noise"])
-    first_round = [order._image_of(number) for number in range(10)]
+    first_round = [order.images[number] for number in range(10)]
     assert sorted(first_round) == list(range(10))
     dropped = sum(int(order[number]["y"]) == 2 for number in range(100))
     assert 30 < dropped < 70

@@ -19,6 +19,7 @@ from mixhead.models.moh_vit import MoHTransNeXtForImageClassification
 from mixhead.routing import OneStageRouter
 from mixhead.tasks.image_classification import starting_model, train
 from mixhead.tasks.image_data import open_images
+from mixhead.tasks.image_distiller import normed_distance
 from mixhead.tasks.image_train_config import ImageTrainConfig
 from mixhead.tasks.image_trainer import ImageTrainer, image_side
 from mixhead.tasks.recipes import Recipe, read_recipe, settings_from, shipped_recipes, write_recipe
@@ -136,6 +137,31 @@ def test_a_converted_vit_trains_on(data: Path, tmp_path: Path):
     assert "smallest_load" in (tmp_path / "run" / "log.csv").read_text()
     with pytest.raises(MixheadError, match="leave out all other settings"):
         train(recipe(data, model={"folder": "x", "depths": [1]}), tmp_path / "other")
+
+
+def test_a_converted_vit_keeps_the_hidden_states_of_its_teacher(data: Path, tmp_path: Path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 16}
+    labels = {"id2label": {0: "blue", 1: "green", 2: "red"}, "label2id": {"blue": 0, "green": 1, "red": 2}}
+    torch.manual_seed(0)
+    dense = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, **labels))
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    mixhead.save(dense, processor, tmp_path / "dense")
+    mixhead.save(mixhead.convert(dense, mixhead.MoHConfig(active_heads=2)), processor, tmp_path / "start")
+    changed = {
+        "model": {"folder": str(tmp_path / "start")}, "teacher": str(tmp_path / "dense"), "epochs": 6,
+        "evaluate_every": 0, "weight_decay": 0,
+    }  # fmt: skip
+    train(recipe(data, **changed), tmp_path / "run")
+    header, *rows = (line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines())
+    distances = [float(row[header.index("distance")]) for row in rows]
+    assert sum(distances[-4:]) < 0.7 * sum(distances[:4])
+    start, end = (mixhead.load(tmp_path / name) for name in ("start", "run/model"))
+    torch.testing.assert_close(end.classifier.weight, start.classifier.weight, rtol=0, atol=0)
+    with pytest.raises(MixheadError, match="the dense model that the student was converted from"):
+        normed_distance(torch.zeros(1, 5, 16), torch.zeros(1, 5, 8))
 
 
 def test_routers_decay_and_biases_do_not(data: Path, tmp_path: Path):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 
 import mixhead
 from mixhead import MixheadError
-from mixhead.models.hugging_face.model import balance_term, shifts_labels
+from mixhead.models.hugging_face.balance import balance_term, shifts_labels
 from mixhead.tasks import checkpoints, trainer
 from mixhead.tasks.progress import StepLog, read_rows
 from mixhead.tasks.tune import TuneConfig, tune

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mixhead.bench.cases import DECODE
-from mixhead.bench.routings import OWN, GivenRouting, load_recording, make_routing
+from mixhead.bench.routings import OWN, RANDOM, SKEWED, GivenRouting, fitted, load_recording, make_routing
 from mixhead.bench.subject import MASKED, SDPA, check_engine, largest_error, torch_dtype
 from mixhead.convert import MoHConfig, convert, revert, store
 from mixhead.errors import MixheadError
@@ -234,20 +234,16 @@ def give_routing(model: PreTrainedModel, spec: ModelSpec) -> None:
     """Lets the routers' decisions be replaced by random, skewed or recorded ones."""
     if spec.routing == OWN:
         return
-    names = [name for name, module in model.named_modules() if has_router(module)]
-    recorded = load_recording(Path(spec.routing)) if spec.routing not in ("random", "skewed") else {}
-    for name in names:
+    recorded = {} if spec.routing in (RANDOM, SKEWED) else load_recording(Path(spec.routing))
+    for name in [name for name, module in model.named_modules() if has_router(module)]:
         own: Any = router(model, name)
         if recorded:
             if name not in recorded:
                 raise MixheadError(f"{spec.routing} records no layer {name}: it comes from another model.")
-            index_N = torch.arange(spec.tokens) % recorded[name].selected_BNH.shape[1]
-            given = Routing(recorded[name].gates_BNH[:1, index_N], recorded[name].selected_BNH[:1, index_N])
+            given = fitted([recorded[name]] * spec.batch, spec.tokens, own.num_heads, spec.routing)
         else:
             given = make_routing(spec.routing, spec.batch, spec.tokens, own.num_heads, own.active_heads / own.num_heads)
             given = Routing(given.selected_BNH.float(), given.selected_BNH)  # Converted models have gates of 0 and 1.
-        rows = (spec.batch, -1, -1)
-        given = Routing(given.gates_BNH.expand(rows), given.selected_BNH.expand(rows))
         replace_router(model, name, GivenRouting(own, given))
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ import torch
 from mixhead.bench.timing import Ratio
 from mixhead.ops import cpu
 from mixhead.ops.crossover import cpu_model
+from mixhead.tasks.checkpoints import write_text
 
 OK, WRONG, SKIPPED = "ok", "wrong", "skipped"
 
@@ -96,7 +96,7 @@ class Results:
 
     def write(self, file: Path) -> None:
         """Writes the JSON in one step: a reader finds the rows of before or those of now."""
-        write_whole(file, self.to_json())
+        write_text(file, self.to_json())
 
 
 def describe_machine() -> dict[str, Any]:
@@ -120,19 +120,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes beside the file and renames."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=file.parent, delete=False, suffix=".partial"
-    ) as partial:
-        partial.write(text)
-    try:
-        Path(partial.name).replace(file)
-    except OSError:
-        Path(partial.name).unlink()
-        raise
 
 
 def met(rows: Sequence[Row]) -> tuple[int, int]:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import RoutingLog
 from mixhead.routing import Router, Routing
+from mixhead.tasks.checkpoints import write_bytes
 
 RANDOM, SKEWED, OWN = "random", "skewed", "own"
 
@@ -80,7 +81,7 @@ def save_recording(log: RoutingLog, file: Path) -> None:
         tensors[f"{name}.selected"] = routing.selected_BNH.contiguous()
     if not tensors:
         raise MixheadError("Nothing was recorded: the model routes in no layer.")
-    save_file(tensors, file)
+    write_bytes(file, save(tensors))
 
 
 def load_recording(file: Path) -> dict[str, Routing]:

@@ -15,13 +15,14 @@ import typer
 from mixhead.bench import cases, model, routings, runner
 from mixhead.bench.core import CoreSpec
 from mixhead.bench.module import ModuleSpec
-from mixhead.bench.results import Results, Row, met, write_whole
+from mixhead.bench.results import Results, Row, met
 from mixhead.bench.subject import Spec, engines_to_time
 from mixhead.cli.common import MODEL_HELP, SMOLLM2, TEXT_HELP, console, model_folder, progress_bar, windows_of
 from mixhead.convert import MoHConfig, store
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import record_routing
 from mixhead.report.speed import notes, plot_speed, speed_markdown, speed_table
+from mixhead.tasks.checkpoints import write_text
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -226,7 +227,7 @@ def measure(entries: list[runner.Entry], options: runner.Options, files: Files) 
     if files.plot is not None and any(row.dense for row in results.rows):
         plot_speed(results, files.plot)
     if files.markdown is not None:
-        write_whole(files.markdown, speed_markdown(results))
+        write_text(files.markdown, speed_markdown(results))
     if interrupted:
         console.print(f"Interrupted after {len(results.rows)} of {len(entries)} rows.")
         raise typer.Exit(130)

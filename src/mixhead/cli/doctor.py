@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import platform
 from typing import Annotated
 
 import torch
@@ -43,7 +42,7 @@ def doctor(
     console.print(packages_table())
     threads = torch.get_num_threads()
     console.print(
-        f"Processor: {platform.processor() or platform.machine()}, {threads} threads, "
+        f"Processor: {crossover.cpu_model()}, {threads} threads, "
         f"vector unit {torch.backends.cpu.get_cpu_capability()}; "
         f"CUDA {'available' if torch.cuda.is_available() else 'not available'}."
     )

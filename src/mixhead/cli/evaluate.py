@@ -7,14 +7,12 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from torch import Tensor
 
 from mixhead.cli.common import DTYPE_HELP, MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
 from mixhead.convert import store
-from mixhead.models.hugging_face import MoHModelMixin
-from mixhead.tasks.evaluate import Row, Table, perplexity
+from mixhead.tasks.evaluate import Row, Table, heads_of, perplexity
 from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
 from mixhead.tasks.precision import autocast_dtype
 from mixhead.tasks.text import text_source
@@ -54,12 +52,3 @@ def evaluate(
     console.print(table.to_rich())
     if json_file is not None:
         json_file.write_text(table.to_json(), encoding="utf-8")
-
-
-def heads_of(model: torch.nn.Module) -> tuple[float, int]:
-    """(heads that a token uses in an average layer, heads of a layer)."""
-    if isinstance(model, MoHModelMixin):
-        layers = model.config.moh["layers"]
-        return sum(layer["active_heads"] for layer in layers) / len(layers), layers[0]["num_heads"]
-    heads = model.config.num_attention_heads  # type: ignore[union-attr]
-    return heads, heads  # type: ignore[return-value]

@@ -11,9 +11,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,7 @@ from mixhead.convert.swap import set_layer_heads
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import AttentionSite, LayerHeads, MoHModelMixin, RoutingTrace, find_sites
 from mixhead.models.moh_dit import MoHDiT
+from mixhead.modes import autocast_to, evaluation_mode
 from mixhead.routing import grouped_top_k_mask
 
 Batch = Tensor | Mapping[str, Any]
@@ -157,9 +158,7 @@ def subject_of(model: nn.Module) -> Subject:
     """The model as calibration sees it; raises where it has no linear routers."""
     if isinstance(model, MoHDiT) and model.config.router == "linear" and model.config.shared_heads is not None:
         layers = list(model.config.layers)
-        return Subject(
-            model, dit_sites(model), layers, [1] * len(layers), lambda i, heads: set_dit_layer_heads(model, i, heads)
-        )
+        return Subject(model, dit_sites(model), layers, [1] * len(layers), partial(set_dit_layer_heads, model))
     if not isinstance(model, MoHModelMixin) or model.config.moh["router"] != "linear":
         raise MixheadError(
             "mixhead.calibrate fits the linear router: convert the model with MoHConfig(router='linear')."
@@ -223,27 +222,28 @@ class Calibration:
             name: value[: config.probe_sequences] if isinstance(value, Tensor) and value.dim() else value
             for name, value in self.batches[-1].items()
         }
+        skips = not all(heads.is_dense for heads in self.heads)
+        self.by_sensitivity = skips and config.budget == "sensitivity"  # layers may get different numbers of heads
+        self.refits = skips and config.refit_output
+        self.tokens_seen = 0
         self.on_progress = on_progress
-        probed = len(self.sites) if self.by_sensitivity else 0
-        self.steps = 2 * len(self.pilots) + len(self.batches) + (1 + probed) * self.by_sensitivity
-        self.steps += len(self.batches) * self.refits
-        self.done = 0
+        self.done, self.steps = 0, self.forward_passes()
 
-    @property
-    def by_sensitivity(self) -> bool:
-        """Whether layers may get different numbers of heads."""
-        return self.config.budget == "sensitivity" and not all(heads.is_dense for heads in self.heads)
-
-    @property
-    def refits(self) -> bool:
-        """Whether output projections are fitted anew."""
-        return self.config.refit_output and not all(heads.is_dense for heads in self.heads)
+    def forward_passes(self) -> int:
+        """How often the model will run."""
+        passes = 2 * len(self.pilots) + len(self.batches)
+        if self.by_sensitivity:
+            passes += 1 + sum(not heads.is_dense for heads in self.probe_heads())
+        if self.refits:
+            passes += len(self.batches)
+        return passes
 
     def run(self) -> CalibrationReport:
         """All steps."""
-        with evaluation(self.model, self.config.autocast):
+        autocast = autocast_to(self.config.autocast, device_of(self.model))
+        with evaluation_mode(self.model), torch.no_grad(), autocast:
             fits = self.fit_scores(self.measure_means())
-            shared = {site.name: self.choose_shared(site, i, fits[site.name]) for i, site in enumerate(self.sites)}
+            shared = {site.name: self.choose_shared(i, fits[site.name]) for i, site in enumerate(self.sites)}
             counts = {site.name: self.candidate_counts(i) for i, site in enumerate(self.sites)}
             losses, totals = self.measure_losses(fits, shared, counts)
             sensitivity: dict[str, float] = {}
@@ -285,7 +285,7 @@ class Calibration:
         self.tokens_seen = int(next(iter(trace.gram.values()))[-1, -1])
         return {site.name: trace.fit(site.name, self.config.ridge) for site in self.sites}
 
-    def choose_shared(self, site: AttentionSite, index: int, fit: LayerFit) -> Tensor:
+    def choose_shared(self, index: int, fit: LayerFit) -> Tensor:
         """Step 2: the heads with the largest mean contribution, equally many in every group: bool [H]."""
         count = self.heads[index].shared_heads
         return grouped_top_k_mask(fit.mean_norm_H[None, None], count, self.groups[index])[0, 0]
@@ -407,20 +407,6 @@ class OnlyTrace(RoutingTrace):
     def routes(self, name: str) -> bool:
         """Whether this is the one."""
         return name == self.only
-
-
-@contextmanager
-def evaluation(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
-    """Evaluation mode without gradients, and every module's mode as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    context = nullcontext() if autocast is None else torch.autocast(device_of(model).type, autocast)
-    model.eval()
-    try:
-        with torch.no_grad(), context:
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -6,7 +6,7 @@ which sees hidden states scaled and shifted by the time step, can tell.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from mixhead.convert.config import MoHConfig
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import AttentionSite, LayerHeads
-from mixhead.models.moh_dit import MoHDiT
+from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig
 
 TRAINING_STEPS = 1000
 
@@ -26,17 +26,12 @@ def convert_dit(model: MoHDiT, config: MoHConfig) -> MoHDiT:
         raise MixheadError("This DiT is mixture-of-head already: call mixhead.revert on it first.")
     heads = [layer.num_heads for layer in model.config.layers]
     layers = config.resolve(heads, heads)
-    model.config = replace(
-        model.config,
-        shared_heads=tuple(layer.shared_heads for layer in layers),
-        top_k=tuple(layer.active_heads - layer.shared_heads for layer in layers),
-        router=config.router,
-    )
+    model.config = with_layers(replace(model.config, router=config.router), layers)
     for (_, attention), layer, routes in zip(model.named_attention(), layers, model.config.routes, strict=True):
         if routes:
             attention.set_heads(layer, config.router)
-        if config.router == "two_stage":
-            attention.moh_router.reset_parameters()  # type: ignore[union-attr,operator]
+            if config.router == "two_stage":
+                attention.moh_router.reset_parameters()  # type: ignore[union-attr,operator]
     return model
 
 
@@ -66,8 +61,13 @@ def set_dit_layer_heads(model: MoHDiT, index: int, heads: LayerHeads) -> None:
         attention.set_heads(heads, model.config.router)
     layers = list(model.config.layers)
     layers[index] = heads
-    model.config = replace(
-        model.config,
+    model.config = with_layers(model.config, layers)
+
+
+def with_layers(config: MoHDiTConfig, layers: Sequence[LayerHeads]) -> MoHDiTConfig:
+    """The configuration with other numbers of shared and of chosen heads."""
+    return replace(
+        config,
         shared_heads=tuple(layer.shared_heads for layer in layers),
         top_k=tuple(layer.active_heads - layer.shared_heads for layer in layers),
     )

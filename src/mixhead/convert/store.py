@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from mixhead.errors import MixheadError
-from mixhead.interop.safe_load import first_line, read_start
+from mixhead.errors import MixheadError, first_line, some
+from mixhead.interop.safe_load import read_start
 from mixhead.models.hugging_face import MoHModelMixin, moh_model_class, register_with_transformers
 from mixhead.models.moh_vit import MoHTransNeXtForImageClassification, MoHTransNeXtModel
 
@@ -262,8 +262,3 @@ def attempt(call: Callable[[], Any], sentence: str) -> Any:
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and torch raise many types on corrupt files
         raise MixheadError(f"{sentence} ({first_line(error)}).") from error
-
-
-def some(names: list[str]) -> str:
-    """The first names of a list, for a sentence."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, first_line
 from mixhead.interop.dit import swap_stem
-from mixhead.interop.safe_load import first_line
 from mixhead.interop.weights import check_fit
 from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig
 from mixhead.models.moh_dit.modeling import position_embedding

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixhead.errors import MixheadError
-from mixhead.interop.safe_load import first_line, load_pickle, named_tensors
+from mixhead.errors import MixheadError, first_line
+from mixhead.interop.safe_load import WRAPPERS, load_pickle, named_tensors
 from mixhead.interop.weights import check_fit, load_exactly
 from mixhead.models.moh_dit import PUBLISHED, MoHDiT, MoHDiTConfig
 from mixhead.nn import MixtureOfHeadAttention
@@ -140,7 +140,6 @@ def swap_stem(name: str, names: Mapping[str, str]) -> str:
 # ------------------------------------------------------------------------------------------ checkpoints of the training
 
 EMA, MODEL = "ema", "model"
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 def load_moh_dit(

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mixhead.errors import MixheadError
-from mixhead.interop.safe_load import first_line
+from mixhead.errors import MixheadError, first_line, some
 from mixhead.models.hugging_face import LayerHeads, moh_config_class, moh_model_class, register_models
 from mixhead.routing import BinaryRouter
 
@@ -201,11 +200,3 @@ class LlamaFilling:
         left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
         assert not left, f"still without data: {left}"
         return model.eval()
-
-
-def some(names: list[str], limit: int = 6) -> str:
-    """A list of names that stays readable."""
-    if not names:
-        return "none"
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from mixhead.errors import MixheadError
-from mixhead.interop.llama import BUFFER, LlamaFilling, some
-from mixhead.interop.safe_load import first_line, load_pickle_weights
+from mixhead.errors import MixheadError, first_line, some
+from mixhead.interop.llama import BUFFER, LlamaFilling
+from mixhead.interop.safe_load import load_pickle_weights
 
 REMOTE_CODE = "modeling_llama"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.safetensors.index.json", "pytorch_model.bin.index.json")

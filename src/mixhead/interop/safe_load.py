@@ -21,13 +21,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, first_line
 
 # All that the published MoH files need beyond tensors and plain containers: the training scripts of MoH-ViT and MoH-DiT
 # saved their command line (`args`) beside the weights.
 PUBLISHED_CLASSES: tuple[type, ...] = (argparse.Namespace,)
 
 ZIP, PICKLE, GIT_LFS = b"PK", b"\x80", b"version https://git-lfs"
+# torch.compile, under which the official scripts train, and DistributedDataParallel put these before every name.
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 CHUNK_BYTES = 1 << 22
 
 
@@ -170,9 +172,3 @@ def named_tensors(file: Path, content: Any, entry: str | None) -> dict[str, Tens
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             raise MixheadError(f"{where}: {name} is sparse, quantised or without data, but a plain tensor is wanted.")
     return {name: value.detach() for name, value in content.items()}
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of an error, for the end of a sentence."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

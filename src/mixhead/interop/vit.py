@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixhead.errors import MixheadError
-from mixhead.interop.llama import some
-from mixhead.interop.safe_load import PUBLISHED_CLASSES, load_pickle, named_tensors
+from mixhead.errors import MixheadError, some
+from mixhead.interop.safe_load import PUBLISHED_CLASSES, WRAPPERS, load_pickle, named_tensors
 from mixhead.models.moh_vit import PUBLISHED, MoHTransNeXtConfig, MoHTransNeXtForImageClassification
 
 # Official attribute of an attention module -> ours. In the last stage `qkv` is one layer, before it two, `q` and `kv`.
@@ -43,8 +42,6 @@ RULES = (
     (re.compile(r"block(\d+)\.(\d+)\.mlp\.dwconv\.dwconv\.(weight|bias)"), r"blocks.\2.mlp.dwconv.\3"),
 )
 IN_ATTENTION = re.compile(r"block(\d+)\.(\d+)\.attn\.(\w+)(\.weight|\.bias)?")
-# torch.compile, under which the official script trains, and DistributedDataParallel put these before every name.
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 # Buffers that some versions of the official code kept in the file; the sizes determine them.
 BUFFER = re.compile(r"(relative_pos_index|relative_coords_table|seq_length_scale|padding_mask|local_seq_length)\d*$")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
-from mixhead.nn.moh import KeyValueCache
+from mixhead.nn.moh import KeyValueCache, check_states
 from mixhead.ops import head_attention, project_from_slots, project_to_slots
 from mixhead.ops.masks import with_causal
 from mixhead.routing import ExpertRouter, ExpertRouting, LossWeights, Routing
@@ -264,12 +264,6 @@ def joined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Te
     if attn_mask.dtype == torch.bool:
         return attn_mask & ~padded_B11T
     return attn_mask.masked_fill(padded_B11T, -torch.inf)
-
-
-def check_states(name: str, states_BNC: Tensor, size: int) -> None:
-    """Raises where hidden states are not [batch, tokens, size]."""
-    if states_BNC.dim() != 3 or states_BNC.shape[-1] != size:
-        raise MixheadError(f"{name} must be [batch, tokens, {size}], got {list(states_BNC.shape)}.")
 
 
 def check_padding(name: str, mask_BX: Tensor | None, batch: int, tokens: int) -> None:

@@ -114,9 +114,9 @@ class MixtureOfHeadAttention(nn.Module):
         """
         if past_key_values is not None and key_value_states is not None:
             raise MixheadError("past_key_values goes with self-attention: give either it or key_value_states.")
-        self._check_states("hidden_states", hidden_states, self.q_proj.in_features)
+        check_states("hidden_states", hidden_states, self.q_proj.in_features)
         if key_value_states is not None:
-            self._check_states("key_value_states", key_value_states, self.k_proj.in_features)
+            check_states("key_value_states", key_value_states, self.k_proj.in_features)
         source = hidden_states if key_value_states is None else key_value_states
         if self.router.needs_query:
             q_BHND = self._split_heads(self.q_proj(hidden_states))
@@ -132,13 +132,14 @@ class MixtureOfHeadAttention(nn.Module):
         output_BNC = project_output(self.o_proj, out_BHND, routing)
         return (output_BNC, routing) if return_routing else output_BNC
 
-    @staticmethod
-    def _check_states(name: str, states_BNC: Tensor, size: int) -> None:
-        if states_BNC.dim() != 3 or states_BNC.shape[-1] != size:
-            raise MixheadError(f"{name} must be [batch, tokens, {size}], got {list(states_BNC.shape)}.")
-
     def _split_heads(self, states_BNX: Tensor) -> Tensor:
         return states_BNX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def check_states(name: str, states_BNC: Tensor, size: int) -> None:
+    """Raises where hidden states are not [batch, tokens, size]."""
+    if states_BNC.dim() != 3 or states_BNC.shape[-1] != size:
+        raise MixheadError(f"{name} must be [batch, tokens, {size}], got {list(states_BNC.shape)}.")
 
 
 def project_queries(proj: nn.Linear, hidden_BNC: Tensor, routing: Routing) -> Tensor:

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,25 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a small file under a temporary name, then renames it."""
     write_bytes(path, text.encode())
+
+
+def settle(manifest: Path, asked: Mapping[str, Any]) -> list[str]:
+    """Writes what was asked for into a folder, or says what differs from what was asked for there before.
+
+    Args:
+        manifest: the JSON file that holds it.
+        asked: by name, anything that JSON can hold.
+
+    Returns:
+        Names of what differs.
+    """
+    asked = json.loads(json.dumps(asked))
+    if not manifest.is_file():
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        write_text(manifest, json.dumps(asked, indent=2) + "\n")
+        return []
+    before = json.loads(manifest.read_text(encoding="utf-8"))
+    return [name for name, value in asked.items() if before.get(name) != value]
 
 
 def write_bytes(path: Path, content: bytes) -> None:

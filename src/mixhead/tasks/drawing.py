@@ -6,7 +6,6 @@ Shape legend: B batch, C channels, Y rows, X columns.
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.tasks.checkpoints import write_bytes, write_text
+from mixhead.tasks.checkpoints import settle, write_bytes
 from mixhead.tasks.generation_data import square
 from mixhead.tasks.images import image_files, read_image
 from mixhead.tasks.latents import processes
@@ -106,13 +105,19 @@ def draw_folder(
     names = class_names(pipeline)
     files = [sample_path(folder, number, names[label]) for number, label in enumerate(classes)]
     if state.is_main_process:
-        _open_folder(folder, {**asdict(config), "classes": list(names), **fingerprint(model)})
+        asked = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
+        different = settle(folder / MANIFEST, {**asked, "classes": list(names), **fingerprint(model)})
+        if different:
+            raise MixheadError(
+                f"{folder} holds images that were drawn in another way ({', '.join(different)}): give another name, or "
+                "delete that folder."
+            )
     state.wait_for_everyone()
     missing = [batch for batch in _batches(state, len(files), config) if not all(files[i].is_file() for i in batch)]
     pipeline.to(state.device)
-    drawn, asked = 0, sum(map(len, missing))
+    drawn, wanted = 0, sum(map(len, missing))
     for batch in missing:
-        progress = _part(on_progress, drawn, len(batch), asked)
+        progress = _part(on_progress, drawn, len(batch), wanted)
         images = sample_images(
             pipeline, classes[batch.start : batch.stop], config, first=batch.start, on_progress=progress
         )
@@ -139,22 +144,6 @@ def _batches(state: Any, samples: int, config: SamplingConfig) -> list[range]:
 def _part(on_progress: OnProgress, before: int, images: int, all_images: int) -> OnProgress:
     """Progress within a batch as progress in images of the whole, so that a bar moves while a batch is drawn."""
     return lambda done, total: on_progress(before + images * done // total, all_images)
-
-
-def _open_folder(folder: Path, asked: dict[str, Any]) -> None:
-    manifest = folder / MANIFEST
-    asked = {name: value for name, value in json.loads(json.dumps(asked)).items() if name not in HARMLESS}
-    if manifest.is_file():
-        before = json.loads(manifest.read_text(encoding="utf-8"))
-        different = [name for name in asked if before.get(name) != asked[name]]
-        if different:
-            raise MixheadError(
-                f"{folder} holds images that were drawn in another way ({', '.join(different)}): give another name, or "
-                "delete that folder."
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(manifest, json.dumps(asked, indent=2) + "\n")
 
 
 def write_grid(files: Sequence[Path], path: Path, columns: int | None = None) -> None:

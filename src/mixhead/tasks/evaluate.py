@@ -10,16 +10,18 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixhead.errors import MixheadError
+from mixhead.models.hugging_face import MoHModelMixin
+from mixhead.modes import autocast_to, evaluation_mode
 
 if TYPE_CHECKING:
     import rich.table
@@ -116,10 +118,7 @@ def perplexity(
 
 def _window_nll(model: nn.Module, ids_BT: Tensor, autocast: torch.dtype | None, first: int) -> list[float]:
     """Mean negative log-likelihood of each window of a batch whose first window has the number `first`."""
-    mixed: AbstractContextManager[Any] = (
-        nullcontext() if autocast is None else torch.autocast(ids_BT.device.type, dtype=autocast)
-    )
-    with mixed:
+    with autocast_to(autocast, ids_BT.device):
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     means: list[float] = []
     for row, (ids_T, logits_TV) in enumerate(zip(ids_BT, logits_BTV, strict=True)):
@@ -134,16 +133,13 @@ def _window_nll(model: nn.Module, ids_BT: Tensor, autocast: torch.dtype | None, 
     return means
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the mode of each module as it was outside (some may be frozen on purpose)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def heads_of(model: PreTrainedModel) -> tuple[float, int]:
+    """(heads that a token uses in an average layer, heads of a layer) of a language model, converted or not."""
+    if isinstance(model, MoHModelMixin):
+        layers = model.config.moh["layers"]
+        return sum(layer["active_heads"] for layer in layers) / len(layers), layers[0]["num_heads"]
+    heads = model.config.num_attention_heads
+    return heads, heads
 
 
 def paired_ratio(new: Perplexity, base: Perplexity) -> tuple[float, float]:

@@ -9,7 +9,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from mixhead.convert import store
 from mixhead.errors import MixheadError
 from mixhead.models.moh_vit import MoHTransNeXtConfig, image_processor
+from mixhead.modes import autocast_to, evaluation_mode
 from mixhead.routing import record_routing
-from mixhead.tasks.evaluate import evaluation_mode
 from mixhead.tasks.image_data import LabelledImages
 
 logger = logging.getLogger(__name__)
@@ -186,8 +185,7 @@ def evaluate_images(
 def logits_of(model: PreTrainedModel, pixels_BCYX: Tensor, autocast: torch.dtype | None = None) -> Tensor:
     """What the model says of a batch, float32 on the CPU."""
     pixels_BCYX = pixels_BCYX.to(model.device, model.dtype)
-    wanted = nullcontext() if autocast is None else torch.autocast(model.device.type, autocast)
-    with wanted:
+    with autocast_to(autocast, model.device):
         return model(pixel_values=pixels_BCYX).logits.float().cpu()
 
 

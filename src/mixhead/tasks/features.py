@@ -98,8 +98,7 @@ class ClassifierFeatures(FeatureExtractor):
 
     def forward(self, images_NCYX: Tensor) -> Features:
         config = self.network.sizes
-        images = images_NCYX if config.channels == 3 else images_NCYX.float().mean(1, keepdim=True)
-        images = colour(images) if config.channels == 3 else images
+        images = colour(images_NCYX) if config.channels == 3 else images_NCYX.float().mean(1, keepdim=True)
         if images.shape[-2:] != (config.size, config.size):
             images = F.interpolate(images.float(), size=(config.size, config.size), mode="bilinear", antialias=True)
         map_NFYX = self.network.feature_map(images)

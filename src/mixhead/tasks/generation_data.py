@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from mixhead.errors import MixheadError
 from mixhead.tasks.fetch import data_folder
 from mixhead.tasks.image_data import FolderImages, LabelledImages, Split, open_images
+from mixhead.tasks.shuffling import SEED_STRIDE, ShuffledRounds
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 EMOJI = "emoji"
 MODES = {1: "L", 3: "RGB"}
 IN_MEMORY = 2**31  # bytes of pixels that are kept; more are read from their files again and again
-SEED_STRIDE = 1_000_003  # between the seeds of two runs, so that their samples share no noise
 
 
 class TrainingInputs(Protocol):
@@ -209,14 +209,14 @@ class NoisedOrder(Dataset[dict[str, Tensor]]):
     def __init__(self, inputs: TrainingInputs, length: int, config: NoisingConfig) -> None:
         self.inputs, self.length, self.config = inputs, length, config
         self._labels_M = inputs.labels_M
-        self._round, self._order_M = -1, torch.empty(0)
+        self.images = ShuffledRounds(len(self._labels_M), config.seed * SEED_STRIDE**2)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         config = self.config
-        index = self._image_of(number)
+        index = self.images[number]
         generator = torch.Generator().manual_seed(config.seed * SEED_STRIDE**2 + SEED_STRIDE + number)
         mirrored, dropped = torch.rand(2, generator=generator) < torch.tensor([0.5, config.class_dropout])
         image = self.inputs.read(index, self.inputs.mirrors and bool(mirrored), generator)
@@ -226,10 +226,3 @@ class NoisedOrder(Dataset[dict[str, Tensor]]):
             "t": torch.randint(config.steps, (), generator=generator),
             "y": torch.tensor(len(self.inputs.classes)) if dropped else self._labels_M[index],
         }
-
-    def _image_of(self, number: int) -> int:
-        turn, place = divmod(number, len(self._labels_M))
-        if turn != self._round:
-            generator = torch.Generator().manual_seed(self.config.seed * SEED_STRIDE**2 + turn)
-            self._round, self._order_M = turn, torch.randperm(len(self._labels_M), generator=generator)
-        return int(self._order_M[place])

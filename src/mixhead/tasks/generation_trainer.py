@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler, default_collate
+from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from mixhead.errors import MixheadError
@@ -152,18 +152,6 @@ class DiffusionTrainer(RunMixin, Trainer):
             self.note(share, bound=losses.bound)
         self.note_routings(routings, share)
         return (loss, output) if return_outputs else loss
-
-    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The samples in the order of `NoisedOrder`."""
-        assert isinstance(self.train_dataset, NoisedOrder)
-        loader = DataLoader(
-            self.train_dataset,
-            self.settings.batch_size,
-            sampler=SequentialSampler(self.train_dataset),
-            collate_fn=default_collate,
-            num_workers=self.settings.dataloader_workers,
-        )
-        return self.accelerator.prepare(loader)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

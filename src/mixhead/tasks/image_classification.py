@@ -20,6 +20,7 @@ from mixhead.tasks.checkpoints import write_folder
 from mixhead.tasks.evaluate_images import evaluate_images, load_classifier
 from mixhead.tasks.image_batches import refuse_unreadable
 from mixhead.tasks.image_data import LabelledImages, open_both
+from mixhead.tasks.image_distiller import ImageDistiller
 from mixhead.tasks.image_train_config import ImageTrainConfig
 from mixhead.tasks.image_trainer import Evaluations, ImageTrainer
 from mixhead.tasks.recipes import Recipe, settings_from
@@ -46,7 +47,7 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
             refuse_unreadable(images)
     set_seed(config.seed)
     model, processor = starting_model(config, train_images.classes)
-    trainer = ImageTrainer(model, processor, config, train_images, run)
+    trainer = trainer_for(config, model, processor, train_images, run)
     passport = {"recipe": recipe.name, "task": recipe.task, **recipe.values}
     done = open_run(trainer, "recipe.json", passport, resume)
     if config.evaluate_every:
@@ -59,6 +60,20 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
         metrics |= measured(folder, test_images, config.bf16)
     trainer.accelerator.wait_for_everyone()
     return TrainingResult(folder, metrics)
+
+
+def trainer_for(
+    config: ImageTrainConfig,
+    model: PreTrainedModel,
+    processor: ImageProcessingMixin,
+    images: LabelledImages,
+    run: Path,
+) -> ImageTrainer:
+    """The trainer that learns the labels, or the one that keeps a teacher's hidden states."""
+    if config.teacher is None:
+        return ImageTrainer(model, processor, config, images, run)
+    teacher, _, _ = load_classifier(config.teacher)
+    return ImageDistiller(model, processor, teacher, config=config, images=images, run=run)
 
 
 def measured(folder: Path, images: LabelledImages, bf16: bool) -> dict[str, float | int | str]:

@@ -18,6 +18,8 @@ class ImageTrainConfig:
     Attributes:
         model: `name` of a published configuration, and fields of `MoHTransNeXtConfig` that differ from it (without a
             name: from the defaults). Or `folder` alone: a saved classifier to go on with, converted or not.
+        teacher: folder of the dense model that the one of `model.folder` was converted from. Its final hidden states
+            are then kept, and the labels are not used. None: the labels are learned.
         data: "fashion-mnist", a folder of images, or a Hugging Face dataset on disk; see `open_images`.
         epochs: rounds through the data; may be a fraction.
         batch_size: images in one forward pass of one process.
@@ -47,6 +49,7 @@ class ImageTrainConfig:
 
     model: Mapping[str, Any]
     data: str
+    teacher: str | None = None
     epochs: float = 300
     batch_size: int = 128
     gradient_accumulation: int = 1

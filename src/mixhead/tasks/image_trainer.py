@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -22,10 +22,7 @@ from mixhead.tasks.image_batches import ImageOrder, MixingCollator, TrainTransfo
 from mixhead.tasks.image_data import LabelledImages, part
 from mixhead.tasks.image_train_config import ImageTrainConfig
 from mixhead.tasks.progress import read_rows
-from mixhead.tasks.training import HEALTH, RunMixin, training_arguments
-
-# Not reentrant: that form runs the routers without gradients, and the balance loss would be lost.
-CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+from mixhead.tasks.training import CHECKPOINTING, HEALTH, RunMixin, training_arguments
 
 
 class ImageTrainer(RunMixin):
@@ -64,6 +61,7 @@ class ImageTrainer(RunMixin):
                 f"epochs={config.epochs} of {len(images.labels):,} images do not reach for one optimizer step, which "
                 f"reads {per_step:,}."
             )
+        self.learning_rate_factor = partial(config.factor, steps=arguments.max_steps)
         arguments.save_steps = max(round(config.save_every * steps_per_epoch), 1)
         transform = TrainTransform(
             size=image_side(processor),
@@ -84,39 +82,29 @@ class ImageTrainer(RunMixin):
         del num_items_in_batch
         outputs, routings, coefficient = self.routed(model, inputs["pixel_values"])
         cross_entropy = F.cross_entropy(outputs.logits.float(), inputs["targets"])
-        loss = cross_entropy
-        balances = [routing.balance_loss for routing in routings if routing.probs_BNH is not None]
-        if balances:
-            loss = loss + coefficient * torch.stack(balances).mean()
-            self.note_routings(routings, self.equal_share)
+        loss = cross_entropy + self.balance(routings, coefficient)
         self.note(self.equal_share, loss=loss, cross_entropy=cross_entropy)
         return (loss, outputs) if return_outputs else loss
 
-    def routed(self, model: nn.Module, pixels_BCYX: Tensor) -> tuple[Any, list[Routing], float]:
+    def balance(self, routings: list[Routing], coefficient: float) -> Tensor | float:
+        """The mean balance loss of the layers whose heads compete, times its coefficient; noted for the log."""
+        balances = [routing.balance_loss for routing in routings if routing.probs_BNH is not None]
+        if not balances:
+            return 0.0
+        self.note_routings(routings, self.equal_share)
+        return coefficient * torch.stack(balances).mean()
+
+    def routed(self, model: nn.Module, pixels_BCYX: Tensor, **asked: Any) -> tuple[Any, list[Routing], float]:
         """The output of the model, the routings of its layers, and the weight of their balance loss."""
         if isinstance(self.base_model, MoHTransNeXtForImageClassification):
-            outputs = model(pixel_values=pixels_BCYX, output_routing=True)
+            outputs = model(pixel_values=pixels_BCYX, output_routing=True, **asked)
             return outputs, list(outputs.routing), self.base_model.config.balance_coefficient
         if isinstance(self.base_model, MoHModelMixin):
             trace = RoutingTrace()
-            outputs = model(pixel_values=pixels_BCYX, routing_trace=trace)
+            outputs = model(pixel_values=pixels_BCYX, routing_trace=trace, **asked)
             coefficient = self.base_model.config.moh["balance_coefficient"]
             return outputs, [routing for _, routing in trace.layers], coefficient
-        return model(pixel_values=pixels_BCYX), [], 0.0
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """The images in the order of `ImageOrder`."""
-        assert isinstance(self.train_dataset, ImageOrder)
-        loader = DataLoader(
-            self.train_dataset,
-            self.training.batch_size,
-            sampler=SequentialSampler(self.train_dataset),
-            collate_fn=self.data_collator,
-            num_workers=self.training.dataloader_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.training.dataloader_workers > 0,
-        )
-        return self.accelerator.prepare(loader)
+        return model(pixel_values=pixels_BCYX, **asked), [], 0.0
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; what the model exempts, or else all biases and norms, has no weight decay."""
@@ -137,16 +125,6 @@ class ImageTrainer(RunMixin):
             fused=self.args.device.type in ("cpu", "cuda"),
         )
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
-        """The learning rates by `ImageTrainConfig.factor`."""
-        if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.create_optimizer() if optimizer is None else optimizer,
-                lambda step: self.training.factor(step, num_training_steps),
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
 
 
 class Evaluations(TrainerCallback):

@@ -8,7 +8,6 @@ Shape legend: M images, C channels, Y rows, X columns.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.tasks.checkpoints import write_folder, write_text
+from mixhead.tasks.checkpoints import settle, write_folder
 from mixhead.tasks.generation_data import PixelInputs, to_signed
 
 SHARD = 4096  # images
@@ -131,8 +130,10 @@ def cache_latents(
         "vae": {name: vae.config[name] for name in ("latent_channels", "scaling_factor", "block_out_channels")},
     }
     state = processes()
-    if state.is_main_process:
-        _open_cache(folder, asked)
+    if state.is_main_process and settle(folder / MANIFEST, asked):
+        raise MixheadError(
+            f"The latents in {folder} belong to other images or another VAE: give another folder, or delete it."
+        )
     state.wait_for_everyone()
     vae.to(state.device)
     for number in range(-(-count // SHARD))[state.process_index :: state.num_processes]:
@@ -151,19 +152,6 @@ def cache_latents(
         scaling_factor=vae.config.scaling_factor,
         mirrors=inputs.mirrors,
     )
-
-
-def _open_cache(folder: Path, asked: dict[str, Any]) -> None:
-    manifest = folder / MANIFEST
-    asked = json.loads(json.dumps(asked))
-    if manifest.is_file():
-        if json.loads(manifest.read_text(encoding="utf-8")) != asked:
-            raise MixheadError(
-                f"The latents in {folder} belong to other images or another VAE: give another folder, or delete it."
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(manifest, json.dumps(asked, indent=2) + "\n")
 
 
 def _write_shard(inputs: PixelInputs, vae: Any, path: Path, indices: range) -> None:

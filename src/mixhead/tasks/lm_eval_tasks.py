@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import random
 import re
 import time
@@ -30,7 +29,9 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead.errors import MixheadError
-from mixhead.tasks.evaluate import Accuracy, evaluation_mode
+from mixhead.modes import evaluation_mode
+from mixhead.tasks.checkpoints import write_text
+from mixhead.tasks.evaluate import Accuracy
 from mixhead.tasks.text import text_source
 
 CLOZE = "mixhead_cloze"
@@ -260,18 +261,14 @@ def _metrics(*names: str) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, text: str) -> Path:
-    """Writes under a temporary name, then renames."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """`write_text` into a folder that is made if absent; returns the path."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, text)
     except OSError as error:
         raise MixheadError(
             f"{path} cannot be written ({error.strerror}); free some disk or give another folder."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

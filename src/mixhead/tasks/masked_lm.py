@@ -22,10 +22,11 @@ from mixhead.models.moa.modeling import IGNORED
 from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer, model_config
 from mixhead.tasks.recipes import Recipe, settings_from
 from mixhead.tasks.run import open_run, run_training
+from mixhead.tasks.shuffling import SEED_STRIDE, ShuffledRounds
 from mixhead.tasks.text import ADDRESSES, Split, read_text_file, text_source, token_windows
 from mixhead.tasks.token_batches import RunBatches
 from mixhead.tasks.training import TrainingResult
-from mixhead.tasks.vocabulary import check_vocabulary, load_vocabulary, train_vocabulary
+from mixhead.tasks.vocabulary import check_vocabulary, load_vocabulary, vocabulary_for
 
 # Names of the files of WikiText-103 in its folder, as published and as Hugging Face writes them.
 WIKITEXT_FILES = ("wiki.{part}.tokens", "wiki.{part}.raw")
@@ -52,9 +53,9 @@ class MaskedLMConfig(MoATrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("window", "batch_size"):
-            if getattr(self, name) < 2 - (name == "batch_size"):
-                raise MixheadError(f"{name}={getattr(self, name)} is too small.")
+        for name, least in (("window", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise MixheadError(f"{name}={getattr(self, name)} must be at least {least}.")
         if not 0.0 < self.mask_share < 1.0:
             raise MixheadError(f"mask_share={self.mask_share} must be above 0 and below 1.")
 
@@ -89,21 +90,14 @@ class MaskedBatches(RunBatches):
         self, windows_WN: Tensor, tokenizer: PreTrainedTokenizerBase, batch_size: int, mask_share: float, seed: int
     ) -> None:
         self.windows_WN, self.tokenizer, self.batch_size = windows_WN, tokenizer, batch_size
-        self.mask_share, self.seed = mask_share, seed
-        self._round, self._order_W = -1, torch.empty(0, dtype=torch.int64)
+        self.mask_share, self.first_seed = mask_share, seed * SEED_STRIDE
+        self.order = ShuffledRounds(len(windows_WN), self.first_seed)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        windows = [self._window(index * self.batch_size + place) for place in range(self.batch_size)]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        ids_BN, labels_BN = mask_tokens(torch.stack(windows), self.tokenizer, self.mask_share, generator)
+        chosen_B = [self.order[index * self.batch_size + place] for place in range(self.batch_size)]
+        generator = torch.Generator().manual_seed(self.first_seed + index)
+        ids_BN, labels_BN = mask_tokens(self.windows_WN[chosen_B], self.tokenizer, self.mask_share, generator)
         return {"input_ids": ids_BN, "labels": labels_BN}
-
-    def _window(self, place: int) -> Tensor:
-        number, place = divmod(place, len(self.windows_WN))
-        if number != self._round:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            self._round, self._order_W = number, torch.randperm(len(self.windows_WN), generator=generator)
-        return self.windows_WN[self._order_W[place]]
 
 
 def mask_tokens(
@@ -133,10 +127,7 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
     """
     config = settings_from(MaskedLMConfig, recipe.values)
     texts = masked_texts(config.data, "train")
-    if isinstance(config.vocabulary, str):
-        tokenizer = load_vocabulary(config.vocabulary)
-    else:
-        tokenizer = train_vocabulary(texts, config.vocabulary)
+    tokenizer = vocabulary_for(config.vocabulary, texts)
     set_seed(config.seed)
     model = MoAForMaskedLM(model_config(MoAEncoderConfig, config.model, len(tokenizer)))
     windows_WN = token_windows(tokenizer, texts, config.window)
@@ -209,7 +200,7 @@ def masked_perplexity(
     """Perplexity of the targets; the masks depend on the seed alone, so that models are asked the same."""
     total, targets = 0.0, 0
     for number, ids_BN in enumerate(windows_WN.split(batch_size)):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(seed * SEED_STRIDE + number)
         seen_BN, labels_BN = mask_tokens(ids_BN, tokenizer, mask_share, generator)
         count = int((labels_BN != IGNORED).sum())
         total += float(model(input_ids=seen_BN, labels=labels_BN).loss) * count if count else 0.0

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from mixhead.errors import MixheadError
@@ -20,12 +19,10 @@ from mixhead.models.moa import MoAConfig, MoAEncoderConfig, MoATransformerConfig
 from mixhead.models.moa.modeling import MoAPreTrainedModel, step_share
 from mixhead.tasks.checkpoints import checkpoints, write_folder
 from mixhead.tasks.token_batches import RunBatches
-from mixhead.tasks.training import HEALTH, RunMixin, training_arguments
+from mixhead.tasks.training import CHECKPOINTING, HEALTH, RunMixin, training_arguments
 
 BETAS, EPSILON = (0.9, 0.98), 1e-9  # of Adam, as published
 FIRST_LEARNING_RATE = 1e-7
-# Not reentrant: that form runs the routers without gradients, and their losses would be lost.
-CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +91,7 @@ class MoATrainer(RunMixin, Seq2SeqTrainer):
     ) -> None:
         self.training, self.loss_settings = config, loss_settings
         self.keep_checkpoints, self.bf16_autocast = config.average, config.bf16
+        self.learning_rate_factor = config.factor
         arguments = training_arguments(
             run,
             Seq2SeqTrainingArguments,
@@ -126,12 +124,6 @@ class MoATrainer(RunMixin, Seq2SeqTrainer):
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The batches in their order."""
-        assert self.train_dataset is not None
-        loader = DataLoader(self.train_dataset, 1, sampler=SequentialSampler(self.train_dataset), collate_fn=only_one)
-        return self.accelerator.prepare(loader)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Adam as published, without weight decay."""
         if self.optimizer is None:
@@ -140,15 +132,6 @@ class MoATrainer(RunMixin, Seq2SeqTrainer):
             rate = self.training.learning_rate
             self.optimizer = torch.optim.Adam(parameters, lr=rate, betas=BETAS, eps=EPSILON, fused=fused)
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
-        """The learning rates by `MoATrainConfig.factor`."""
-        if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.create_optimizer() if optimizer is None else optimizer, self.training.factor
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
 
     def save_averaged(self, tokenizer: PreTrainedTokenizerBase) -> Path:
         """Writes the mean of the last checkpoints, with the vocabulary, and returns the folder."""

@@ -70,6 +70,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return [row for row in reader if row.get("step", "").isdigit() and None not in row.values()]
 
 
+def last_tenth(path: Path) -> list[dict[str, str]]:
+    """The rows of the last tenth of a log's steps, at least one."""
+    rows = read_rows(path)
+    return rows[-max(len(rows) // 10, 1) :]
+
+
 def _number(value: float | int | None) -> str | int:
     """A float with enough digits to come back exactly as float32."""
     if value is None:

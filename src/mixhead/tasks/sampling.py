@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mixhead.errors import MixheadError
 from mixhead.interop import open_dit
-from mixhead.tasks.generation_data import SEED_STRIDE, to_eight_bits
+from mixhead.tasks.generation_data import to_eight_bits
 from mixhead.tasks.latents import load_vae
+from mixhead.tasks.shuffling import SEED_STRIDE
 
 if TYPE_CHECKING:
     from mixhead.models.moh_dit import MoHDiTPipeline

@@ -153,6 +153,7 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
         lr_scheduler_type="linear",
         warmup_steps=min(100, steps // 10),
         save_steps=500,
+        train_sampling_strategy="random",
         seed=settings.seed,
     )
     data = TensorDataset(images.kept_MCYX, images.labels_M)

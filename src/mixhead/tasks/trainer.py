@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import Dataset
 
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import MoHModelMixin, RoutingTrace
-from mixhead.models.hugging_face.model import balance_term, target_share
+from mixhead.models.hugging_face.balance import balance_term, target_share
 from mixhead.tasks.distill import next_token_losses
+from mixhead.tasks.shuffling import SEED_STRIDE, ShuffledRounds
 from mixhead.tasks.training import HEALTH, RunMixin, training_arguments
 from mixhead.tasks.tune_config import TuneConfig
 
@@ -27,18 +29,14 @@ class WindowOrder(Dataset[Tensor]):
     """
 
     def __init__(self, windows_WT: Tensor, length: int, seed: int) -> None:
-        self.windows_WT, self.length, self.seed = windows_WT, length, seed
-        self._round, self._order_W = -1, torch.empty(0)
+        self.windows_WT, self.length = windows_WT, length
+        self.order = ShuffledRounds(len(windows_WT), seed * SEED_STRIDE)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Tensor:
-        number, place = divmod(index, len(self.windows_WT))
-        if number != self._round:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            self._round, self._order_W = number, torch.randperm(len(self.windows_WT), generator=generator)
-        return self.windows_WT[self._order_W[place]]
+        return self.windows_WT[self.order[index]]
 
 
 def collate(windows: list[Tensor]) -> dict[str, Tensor]:
@@ -80,6 +78,7 @@ class TuneTrainer(RunMixin):
                 f"tokens ({per_step * arguments.world_size} windows of {windows_WT.shape[1]})."
             )
         arguments.max_steps = self.steps
+        self.learning_rate_factor = partial(config.factor, steps=self.steps)
         order = WindowOrder(windows_WT, self.steps * per_step * arguments.world_size, config.seed)
         super().__init__(model=model, args=arguments, train_dataset=order, data_collator=collate)
         self.is_converted = isinstance(self.base_model, MoHModelMixin)
@@ -124,19 +123,6 @@ class TuneTrainer(RunMixin):
         of_routers = rates.get("router", 0.0) / (self.tuning.router_learning_rate_factor or 1.0)
         return {**parts, "learning_rate": rates.get("decay", rates.get("keep", of_routers))}
 
-    # Data and optimizer
-
-    def get_train_dataloader(self) -> DataLoader[Tensor]:
-        """The windows in the order of `WindowOrder`."""
-        assert isinstance(self.train_dataset, WindowOrder)
-        loader = DataLoader(
-            self.train_dataset,
-            self.tuning.batch_size,
-            sampler=SequentialSampler(self.train_dataset),
-            collate_fn=collate,
-        )
-        return self.accelerator.prepare(loader)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with three kinds of parameters: those that decay, those that do not, the routers'."""
         if self.optimizer is not None:
@@ -163,13 +149,3 @@ class TuneTrainer(RunMixin):
         fused = self.args.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=fused)
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
-        """The learning rates by `TuneConfig.factor`."""
-        if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.create_optimizer() if optimizer is None else optimizer,
-                lambda step: self.tuning.factor(step, num_training_steps),
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ from mixhead.tasks.checkpoints import (
 from mixhead.tasks.progress import HEALTH as HEALTH
 from mixhead.tasks.progress import layer_columns, routing_health
 from mixhead.tasks.recipes import Recipe, shipped_recipes
+
+# Not reentrant: that form runs the routers without gradients, and their losses would be lost.
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def training_arguments(
         "logging_strategy": "no",
         "eval_strategy": "no",
         "save_strategy": "steps",
+        "train_sampling_strategy": "sequential",  # the data sets know their order
+        "dataloader_persistent_workers": settings.get("dataloader_num_workers", 0) > 0,
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
@@ -118,6 +123,9 @@ class RunMixin(Trainer):
         unit: what `units_per_step` counts, in the plural ("tokens", "images").
         units_per_step: how many of them one optimizer step of all processes reads.
         keep_checkpoints: how many of the newest checkpoints stay on the disk.
+        bf16_autocast: whether the loss is computed under autocast to bfloat16.
+        learning_rate_factor: from a step (counted from 0) to its share of the learning rate; without it the schedule
+            is the one that the arguments name.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -128,6 +136,7 @@ class RunMixin(Trainer):
     units_per_step = 1
     keep_checkpoints = 2
     bf16_autocast = False
+    learning_rate_factor: Callable[[int], float] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -184,6 +193,16 @@ class RunMixin(Trainer):
         """The step's row in the log; its `loss` is what must be a number."""
         assert self.optimizer is not None
         return {**parts, "learning_rate": max(group["lr"] for group in self.optimizer.param_groups)}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rates by `learning_rate_factor`."""
+        if self.learning_rate_factor is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            optimizer = self.create_optimizer() if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True

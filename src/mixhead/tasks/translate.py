@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead.errors import MixheadError
+from mixhead.modes import autocast_to
 from mixhead.tasks.vocabulary import bytes_per_token, check_vocabulary, load_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def _generate(
 ) -> list[str]:
     inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
     longest = inputs["input_ids"].shape[1]
-    with torch.autocast(model.device.type, config.dtype or torch.bfloat16, enabled=config.dtype is not None):
+    with autocast_to(config.dtype, model.device):
         outputs = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

@@ -26,7 +26,7 @@ from mixhead.tasks.token_batches import PairBatches
 from mixhead.tasks.training import TrainingResult
 from mixhead.tasks.translate import TranslateConfig, load_translator, translate_lines
 from mixhead.tasks.translation_scores import TranslationScores, score_translations
-from mixhead.tasks.vocabulary import load_vocabulary, train_vocabulary
+from mixhead.tasks.vocabulary import vocabulary_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
     config = settings_from(TranslationConfig, recipe.values)
     tests = {name: read_pairs(source, "test", config.languages) for name, source in config.tests.items()}
     pairs = read_pairs(config.data, "train", config.languages)
-    tokenizer = vocabulary_for(config.vocabulary, pairs)
+    tokenizer = vocabulary_for(config.vocabulary, (side for pair in pairs for side in pair))
     set_seed(config.seed)
     sizes = model_config(MoATransformerConfig, config.model, len(tokenizer))
     model = MoATransformerForConditionalGeneration(sizes)
@@ -103,13 +103,6 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
             metrics |= tested(network, tokenizer, name, spread(test, config.test_sentences), config)
     trainer.accelerator.wait_for_everyone()
     return TrainingResult(folder, metrics)
-
-
-def vocabulary_for(vocabulary: int | str, pairs: Sequence[SentencePair]) -> PreTrainedTokenizerBase:
-    """The vocabulary in a folder, or a new one of that size for both sides of the pairs."""
-    if isinstance(vocabulary, str):
-        return load_vocabulary(vocabulary)
-    return train_vocabulary((side for pair in pairs for side in pair), vocabulary)
 
 
 def spread(pairs: Sequence[SentencePair], limit: int | None) -> list[SentencePair]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.tasks.checkpoints import WRITE_ERRORS, write_folder
-from mixhead.tasks.progress import read_rows
+from mixhead.tasks.progress import last_tenth
 from mixhead.tasks.run import LOG, open_run, run_training
 from mixhead.tasks.trainer import ROUTER, TuneTrainer
 from mixhead.tasks.tune_config import TuneConfig
@@ -111,8 +111,7 @@ def tune(
         merged = trained.merge_and_unload() if config.lora_rank else trained
         folder = _save(trainer, merged, tokenizer)
     trainer.accelerator.wait_for_everyone()
-    rows = read_rows(run / LOG)
-    last = [float(row["cross_entropy"]) for row in rows[-max(len(rows) // 10, 1) :]]
+    last = [float(row["cross_entropy"]) for row in last_tenth(run / LOG)]
     return TuneResult(
         model=merged,
         folder=folder,

@@ -15,6 +15,11 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<mask>")  # in this order: ids 0 to 3
 SMALLEST = len(SPECIAL) + 256  # every byte is a token
 
 
+def vocabulary_for(wanted: int | str, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """The vocabulary in a folder, or a new one of that size, trained on the texts."""
+    return load_vocabulary(wanted) if isinstance(wanted, str) else train_vocabulary(texts, wanted)
+
+
 def train_vocabulary(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of that many tokens; sentences end in `</s>`.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -43,6 +43,14 @@ def register_attention() -> None:
 def attention_for(original: str | None) -> str:
     """The name under which a model that ran `original` runs here."""
     return ATTENTION_OF_EAGER if original == "eager" else ATTENTION
+
+
+def attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
+    """The attention implementation of a model; where its parts differ, by part, as `set_attn_implementation` has it."""
+    whole = config._attn_implementation or "sdpa"
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    names = {key: part._attn_implementation or whole for key, part in parts.items() if part is not None}
+    return whole if set(names.values()) <= {whole} else {"": whole, **names}
 
 
 def eager_attention_of(module: nn.Module) -> Callable[..., Any] | None:

@@ -7,6 +7,8 @@ wants to look uses `mixhead.record_routing`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from mixhead.routing import Routing, mean_balance_loss
@@ -78,21 +80,10 @@ class JoinedTrace(RoutingTrace):
         """As the second says."""
         return self.second.wants_heads(name)
 
-    def observe(
-        self, name: str, hidden_BNC: Tensor, q_BHND: Tensor, heads_BHND: Tensor, token_mask_BN: Tensor | None
-    ) -> None:
+    def observe(self, *args: Any, **kwargs: Any) -> None:
         """Shows it to the second."""
-        self.second.observe(name, hidden_BNC, q_BHND, heads_BHND, token_mask_BN)
+        self.second.observe(*args, **kwargs)
 
-    def look(
-        self,
-        name: str,
-        q_BHND: Tensor,
-        k_BKTD: Tensor,
-        routing: Routing,
-        attn_mask: Tensor | None,
-        scale: float | None,
-        causal: bool,
-    ) -> None:
+    def look(self, *args: Any, **kwargs: Any) -> None:
         """Shows it to the second."""
-        self.second.look(name, q_BHND, k_BKTD, routing, attn_mask, scale, causal)
+        self.second.look(*args, **kwargs)

@@ -2,21 +2,23 @@
 
 Both have the same signature, no biases, and keep their keys and values in the caches of transformers.
 
-Shape legend: B batch, N queries, T keys, C hidden size, H heads, D head dim.
+Shape legend: B batch, N queries, T keys, C hidden size, H heads, D head dim, X = H D.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
 from mixhead.models.moa.configuration import MoAConfig
 from mixhead.nn import MixtureOfAttentionHeads
+from mixhead.ops.masks import with_causal
 from mixhead.routing import ExpertRouting, LossWeights
 
 KeysValues = tuple[Tensor, Tensor]
@@ -54,8 +56,8 @@ class SourceCache:
         return self.cache.cross_attention_cache.update(*project(), self.layer)
 
 
-class Attention(nn.Module):
-    """What a layer calls: attends from `hidden_BNC` to `source_BTC`."""
+class Attention(nn.Module, ABC):
+    """What a layer calls: attends from `hidden_BNC` to `source_BTC`. A kind of attention says how, in two steps."""
 
     def forward(
         self,
@@ -77,7 +79,24 @@ class Attention(nn.Module):
             causal: a query sees the keys up to its own position; the last query sees the last key.
             cache: keeps keys and values.
         """
-        raise NotImplementedError
+        project = partial(self.project, source_BTC)
+        keys_values = project() if cache is None else cache.keys_values(project)
+        return self.attend(hidden_BNC, keys_values, query_mask_BN, key_mask_BT, causal)
+
+    @abstractmethod
+    def project(self, source_BTC: Tensor) -> KeysValues:
+        """Keys and values of the source, [B, heads, T, D] each."""
+
+    @abstractmethod
+    def attend(
+        self,
+        hidden_BNC: Tensor,
+        keys_values: KeysValues,
+        query_mask_BN: Tensor | None,
+        key_mask_BT: Tensor | None,
+        causal: bool,
+    ) -> tuple[Tensor, ExpertRouting | None]:
+        """As `forward`, to keys and values that are there already."""
 
 
 class DenseAttention(Attention):
@@ -90,33 +109,28 @@ class DenseAttention(Attention):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, width, bias=False) for _ in range(3))
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
 
-    def forward(
+    def project(self, source_BTC: Tensor) -> KeysValues:
+        return self._split_heads(self.k_proj(source_BTC)), self._split_heads(self.v_proj(source_BTC))
+
+    def attend(
         self,
         hidden_BNC: Tensor,
-        source_BTC: Tensor,
-        *,
-        query_mask_BN: Tensor | None = None,
-        key_mask_BT: Tensor | None = None,
-        causal: bool = False,
-        cache: LayerCache | None = None,
-    ) -> tuple[Tensor, ExpertRouting | None]:
+        keys_values: KeysValues,
+        query_mask_BN: Tensor | None,
+        key_mask_BT: Tensor | None,
+        causal: bool,
+    ) -> tuple[Tensor, None]:
         del query_mask_BN
-
-        def project() -> KeysValues:
-            return self._split_heads(self.k_proj(source_BTC)), self._split_heads(self.v_proj(source_BTC))
-
-        k_BHTD, v_BHTD = project() if cache is None else cache.keys_values(project)
+        k_BHTD, v_BHTD = keys_values
         q_BHND = self._split_heads(self.q_proj(hidden_BNC))
-        stepwise = causal and q_BHND.shape[2] > 1
-        mask: Tensor | None = None
-        if stepwise and (key_mask_BT is not None or q_BHND.shape[2] != k_BHTD.shape[2]):
-            mask = causal_mask(q_BHND.shape[2], k_BHTD.shape[2], key_mask_BT, q_BHND.device)
-            stepwise = False
-        elif key_mask_BT is not None:
-            mask = key_mask_BT[:, None, None, :]
+        queries, keys = q_BHND.shape[2], k_BHTD.shape[2]
+        mask = None if key_mask_BT is None else key_mask_BT[:, None, None, :]
+        causal = causal and queries > 1
+        if causal and (mask is not None or queries != keys):
+            mask, causal = with_causal(mask, queries, keys, q_BHND.device), False
         dropout = self.dropout if self.training else 0.0
         out_BHND = F.scaled_dot_product_attention(
-            q_BHND, k_BHTD, v_BHTD, attn_mask=mask, dropout_p=dropout, is_causal=stepwise
+            q_BHND, k_BHTD, v_BHTD, attn_mask=mask, dropout_p=dropout, is_causal=causal
         )
         return self.o_proj(out_BHND.transpose(1, 2).flatten(2)), None
 
@@ -131,33 +145,24 @@ class ExpertAttention(Attention):
         super().__init__()
         self.experts = experts
 
-    def forward(
+    def project(self, source_BTC: Tensor) -> KeysValues:
+        return self.experts.project_keys_and_values(source_BTC)
+
+    def attend(
         self,
         hidden_BNC: Tensor,
-        source_BTC: Tensor,
-        *,
-        query_mask_BN: Tensor | None = None,
-        key_mask_BT: Tensor | None = None,
-        causal: bool = False,
-        cache: LayerCache | None = None,
+        keys_values: KeysValues,
+        query_mask_BN: Tensor | None,
+        key_mask_BT: Tensor | None,
+        causal: bool,
     ) -> tuple[Tensor, ExpertRouting]:
-        def project() -> KeysValues:
-            return self.experts.project_keys_and_values(source_BTC)
-
-        output_BNC, routing = self.experts(
+        return self.experts(
             hidden_BNC,
             query_padding_mask=None if query_mask_BN is None else ~query_mask_BN,
             key_padding_mask=None if key_mask_BT is None else ~key_mask_BT,
             causal=causal,
-            keys_and_values=project() if cache is None else cache.keys_values(project),
+            keys_and_values=keys_values,
         )
-        return output_BNC, routing
-
-
-def causal_mask(queries: int, keys: int, key_mask_BT: Tensor | None, device: torch.device) -> Tensor:
-    """bool [B or 1, 1, N, T]: the last query sees the last key, and padding is seen by nobody."""
-    mask_11NT = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return mask_11NT if key_mask_BT is None else mask_11NT & key_mask_BT[:, None, None, :]
 
 
 def make_attention(config: MoAConfig) -> Attention:

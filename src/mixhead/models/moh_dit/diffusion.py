@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, first_line
 from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.moh_dit.configuration import MoHDiTConfig
 from mixhead.models.moh_dit.modeling import MoHDiT
@@ -134,10 +134,9 @@ def load_dit(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> 
     except (MixheadError, MemoryError):
         raise
     except Exception as error:  # diffusers, safetensors and json raise many types on corrupt files
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise MixheadError(
             f"The model in {folder} cannot be loaded: a file is truncated, corrupt or missing, or they do not belong "
-            f"together ({lines[0].rstrip('.')})."
+            f"together ({first_line(error)})."
         ) from error
     wrong = {kind: names for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if (names := info[kind])}
     if wrong:

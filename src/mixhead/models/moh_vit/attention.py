@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.moh_vit.positions import RelativePositions, Size
 from mixhead.ops import RelativeBias, aggregated_attention, head_attention
 from mixhead.routing import Routing, TwoStageRouter
@@ -68,14 +67,9 @@ class CosineAttention(nn.Module):
         self.moh_router = router
         self.moh_name = ""
 
-    def route(self, hidden_BNC: Tensor, routing_trace: RoutingTrace | None) -> Routing | None:
-        """The routing of these hidden states; shown to a trace where somebody wants to look."""
-        if self.moh_router is None:
-            return None
-        routing: Routing = self.moh_router(hidden_BNC)
-        if routing_trace is not None:
-            routing_trace.record(self.moh_name, routing)
-        return routing
+    def route(self, hidden_BNC: Tensor) -> Routing | None:
+        """The routing of these hidden states, where there is a router."""
+        return None if self.moh_router is None else self.moh_router(hidden_BNC)
 
     def routing_labels(self, hidden_BNC: Tensor, size: Size, *_args: object, **_kwargs: object) -> dict[str, Tensor]:
         """Where each token stands on the map, for `mixhead.record_routing`."""
@@ -117,15 +111,10 @@ class AggregatedAttention(CosineAttention):
         self.learnable_bias = nn.Parameter(torch.empty(num_heads, window))
 
     def forward(
-        self,
-        hidden_BNC: Tensor,
-        size: Size,
-        pooled: Size,
-        positions: RelativePositions,
-        routing_trace: RoutingTrace | None = None,
+        self, hidden_BNC: Tensor, size: Size, pooled: Size, positions: RelativePositions
     ) -> tuple[Tensor, Routing | None]:
         """Output [B, N, C] and routing for a map of `size`, whose pooled keys form a map of size `pooled`."""
-        routing = self.route(hidden_BNC, routing_trace)
+        routing = self.route(hidden_BNC)
         k_BHND, v_BHND = self.split_heads(self.kv_proj(hidden_BNC)).chunk(2, dim=1)
         k_BHTD, v_BHTD = self.split_heads(self.kv_proj(self.pool(hidden_BNC, size, pooled))).chunk(2, dim=1)
         heads_BHND = aggregated_attention(
@@ -166,16 +155,11 @@ class GlobalAttention(CosineAttention):
         self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
 
     def forward(
-        self,
-        hidden_BNC: Tensor,
-        size: Size,
-        pooled: Size,
-        positions: RelativePositions,
-        routing_trace: RoutingTrace | None = None,
+        self, hidden_BNC: Tensor, size: Size, pooled: Size, positions: RelativePositions
     ) -> tuple[Tensor, Routing | None]:
         """Output [B, N, C] and routing; the sizes are those of aggregated attention, and equal."""
         del size, pooled
-        routing = self.route(hidden_BNC, routing_trace)
+        routing = self.route(hidden_BNC)
         q_BHND, k_BHND, v_BHND = self.split_heads(self.qkv_proj(hidden_BNC)).chunk(3, dim=1)
         factor_H11 = F.softplus(self.temperature).view(-1, 1, 1) * math.log(hidden_BNC.shape[1])
         q_BHND = (F.normalize(q_BHND, dim=-1) + self.query_embedding.unsqueeze(1)) * factor_H11

@@ -1,0 +1,100 @@
+"""Routers come to the attention modules of a model, and go again.
+
+Shape legend: H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mixhead.errors import MixheadError
+from mixhead.models.hugging_face.attention import attention_for, eager_attention_of, hand_down_hidden_states
+from mixhead.models.hugging_face.sites import AttentionSite, find_sites
+from mixhead.nn import make_router
+from mixhead.routing import BinaryRouter, TwoStageRouter
+
+
+@dataclass(frozen=True)
+class LayerHeads:
+    """How many heads one attention layer has, uses per token, and shares among all tokens."""
+
+    num_heads: int
+    active_heads: int
+    shared_heads: int
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token uses every head, so that there is nothing to route."""
+        return self.active_heads == self.num_heads
+
+
+def attach_routers(model: PreTrainedModel) -> None:
+    """Gives every attention module the router that `config.moh` describes, and turns the model to our attention."""
+    moh = model.config.moh
+    sites = find_sites(model)
+    if len(sites) != len(moh["layers"]):
+        raise MixheadError(
+            f"The configuration describes {len(moh['layers'])} attention layers, but the model has {len(sites)}."
+        )
+    for site, layer in zip(sites, moh["layers"], strict=True):
+        attach_router(site, LayerHeads(**layer), moh)
+    original = moh["original_attention"]
+    parts = original.items() if isinstance(original, dict) else [("", original)]
+    ours = {key: attention_for(name) for key, name in parts}
+    PreTrainedModel.set_attn_implementation(model, ours if isinstance(original, dict) else ours[""])
+
+
+def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -> None:
+    """One attention module becomes one that routes; with all heads active it stays as it is.
+
+    A "linear" router comes with `moh_skipped` [H, D]: what stands in for a head's output at tokens that skip it. It is
+    a constant (zero until calibration measures the mean), so a skipped head still costs nothing.
+    """
+    module = site.module
+    module.moh_name = site.name  # type: ignore[assignment]
+    module.moh_router = None  # type: ignore[assignment]
+    module.moh_skipped = None  # type: ignore[assignment]
+    module.moh_eager_attention = eager_attention_of(module)  # type: ignore[assignment]
+    module.moh_hook = module.register_forward_pre_hook(hand_down_hidden_states, with_kwargs=True)  # type: ignore[assignment]
+    if heads.is_dense:
+        return
+    num_groups = site.num_key_value_heads if moh["group_balanced"] else 1
+    top_k = heads.active_heads - heads.shared_heads
+    router = make_router(moh["router"], site.hidden_size, heads.num_heads, heads.shared_heads, top_k, num_groups)
+    weight = site.output_projection.weight
+    module.moh_router = router.to(device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
+    router.train(module.training)
+    if moh["router"] == "linear":
+        head_dim = site.output_weight_HDC().shape[1]
+        skipped_HD = torch.zeros(heads.num_heads, head_dim, device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
+        module.moh_skipped = nn.Parameter(skipped_HD)
+
+
+def detach_router(module: nn.Module) -> None:
+    """Takes back what `attach_router` did."""
+    if not hasattr(module, "moh_hook"):
+        return
+    module.moh_hook.remove()  # type: ignore[union-attr,operator]
+    for attribute in ("moh_name", "moh_router", "moh_skipped", "moh_eager_attention", "moh_hook"):
+        delattr(module, attribute)
+
+
+@torch.no_grad()
+def initialise_routing(module: nn.Module) -> None:
+    """Gives a router and the constants of skipped heads their start values, unless a checkpoint gave them theirs."""
+    skipped_HD = getattr(module, "moh_skipped", None)
+    if skipped_HD is not None and not getattr(skipped_HD, "_is_hf_initialized", False):
+        skipped_HD.zero_()
+    if not isinstance(module, BinaryRouter | TwoStageRouter):
+        return
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+        return
+    module.reset_parameters()
+    for child in module.modules():
+        child._is_hf_initialized = isinstance(module, TwoStageRouter) or child is module  # type: ignore[assignment]
