@@ -78,19 +78,18 @@ class Core:
     def call(self, engine: str) -> Callable[[], object]:
         """One forward pass, with its backward pass where the case has one."""
         check_engine(engine, self.q_BHND)
-        states, gates_BNH = (self.q_BHND, self.k_BKTD, self.v_BKTD), self.routing.gates_BNH
+        states, routing = (self.q_BHND, self.k_BKTD, self.v_BKTD), self.routing
         if not self.case.backward:
-            return lambda: self.attend(engine, *states, gates_BNH)
+            return lambda: self.attend(engine, *states, routing)
         grad_BHND = torch.randn_like(self.q_BHND)
-        return lambda: torch.autograd.grad(self.attend(engine, *states, gates_BNH), states, grad_BHND)
+        return lambda: torch.autograd.grad(self.attend(engine, *states, routing), states, grad_BHND)
 
-    def attend(self, engine: str, q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, gates_BNH: Tensor) -> Tensor:
+    def attend(self, engine: str, q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing) -> Tensor:
         """[B, H, N, D] under that engine."""
         if engine == SDPA:
             return all_heads(q_BHND, k_BKTD, v_BKTD, self.case.causal)
         if engine == MASKED:
-            return masked(q_BHND, k_BKTD, v_BKTD, gates_BNH, self.case.causal)
-        routing = Routing(gates_BNH, self.routing.selected_BNH)
+            return masked(q_BHND, k_BKTD, v_BKTD, routing.gates_BNH, self.case.causal)
         return head_attention(q_BHND, k_BKTD, v_BKTD, routing, causal=self.case.causal, impl=engine)
 
     def error(self, engine: str) -> float:
@@ -102,7 +101,7 @@ class Core:
         grad_BHND[:, :, rows_R] = torch.randn_like(grad_BHND[:, :, rows_R])
         leaves = (self.q_BHND, self.k_BKTD, self.v_BKTD, self.routing.gates_BNH)
         leaves = tuple(leaf.detach().requires_grad_(case.backward) for leaf in leaves)  # type: ignore[assignment]
-        out_BHND = self.attend(engine, *leaves)
+        out_BHND = self.attend(engine, *leaves[:3], Routing(leaves[3], self.routing.selected_BNH))
         # One key-value head with its query heads, in float64.
         exact = (leaves[0][:, :groups], leaves[1][:, :1], leaves[2][:, :1], leaves[3][..., :groups])
         exact = tuple(leaf.detach().double().requires_grad_(case.backward) for leaf in exact)  # type: ignore[assignment]

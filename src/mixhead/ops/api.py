@@ -7,6 +7,7 @@ in by adding its file and a line to `IMPLEMENTATIONS`, and a reason to `explain`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -94,6 +95,11 @@ def head_attention(
         MixheadError: where shapes, dtypes or the name of the implementation do not fit, or where the implementation
             that was asked for cannot take these arguments here (see `refusal`).
     """
+    if impl == "auto" and attn_mask is None and kernel_at_once(q_BHND):
+        try:
+            return run("cpu", q_BHND, k_BKTD, v_BKTD, routing, causal, scale, None)
+        except RuntimeError:
+            pass  # Refused, since sizes do not fit or are 0: what a user is told, or gets, is decided below.
     q_BHND, k_BKTD, v_BKTD = autocast_together(q_BHND, k_BKTD, v_BKTD)
     check_arguments(q_BHND, k_BKTD, v_BKTD, routing, attn_mask)
     if attn_mask is not None:
@@ -109,18 +115,45 @@ def head_attention(
         if impl != "cpu":
             raise MixheadError(f"impl={impl!r} cannot take these arguments: {why}.")
         impl = "gathered"
-    promise = {"heads_per_group": routing.slots(k_BKTD.shape[1])} if impl == "slots" else {}
-    gates_BNH = routing.gates_BNH
-    return IMPLEMENTATIONS[impl](
+    return run(impl, q_BHND, k_BKTD, v_BKTD, routing, causal, scale, attn_mask)
+
+
+def kernel_at_once(q_BHND: Tensor) -> bool:
+    """Whether without a mask `auto` takes the C++ kernel whatever the sizes: it is loaded, and pays by default.
+
+    Asked first in every call, because all other questions together take as long as the attention of one token.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and cpu.is_default(q_BHND)
+        and not torch.is_autocast_enabled("cpu")
+        and crossover.load(torch.get_num_threads()) is None
+    )
+
+
+def run(
+    impl: str,
+    q_BHND: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    routing: Routing,
+    causal: bool,
+    scale: float | None,
+    attn_mask: Tensor | None,
+) -> Tensor:
+    """That implementation, with what a user may leave out."""
+    attend, gates_BNH, dtype = IMPLEMENTATIONS[impl], routing.gates_BNH, q_BHND.dtype
+    if impl == "slots":
+        attend = partial(slots.attend, heads_per_group=routing.slots(k_BKTD.shape[1]))
+    return attend(
         q_BHND,
         k_BKTD,
         v_BKTD,
-        gates_BNH if gates_BNH.dtype == q_BHND.dtype else gates_BNH.to(q_BHND.dtype),
+        gates_BNH if gates_BNH.dtype == dtype else gates_BNH.to(dtype),
         routing.selected_BNH,
         causal=causal,
-        scale=max(q_BHND.shape[-1], 1) ** -0.5 if scale is None else scale,
+        scale=(q_BHND.shape[-1] or 1) ** -0.5 if scale is None else scale,
         attn_mask=attn_mask,
-        **promise,
     )
 
 

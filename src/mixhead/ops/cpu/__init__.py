@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixhead.ops.cpu.compiling import available, best_level, build
+from mixhead.ops.cpu.compiling import available, best_level, build, loaded_level
 from mixhead.ops.cpu.operators import attend
 
-__all__ = ["attend", "available", "best_level", "build", "pays", "refusal"]
+__all__ = ["attend", "available", "best_level", "build", "is_default", "pays", "refusal"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -40,6 +40,16 @@ def refusal(q_BHND: Tensor, attn_mask: Tensor | None) -> str | None:
         return "the kernel has no gradient of the mask"
     built, reason = available()
     return None if built else reason
+
+
+def is_default(q_BHND: Tensor) -> bool:
+    """Whether the kernel is loaded and `pays` outside of torch.compile, asked in the fewest steps."""
+    return (
+        loaded_level() in LEVELS.get(q_BHND.dtype, ())
+        and q_BHND.is_cpu
+        and q_BHND.dim() == 4
+        and q_BHND.shape[3] >= MIN_HEAD_DIM
+    )
 
 
 def pays(q_BHND: Tensor, k_BKTD: Tensor) -> bool:

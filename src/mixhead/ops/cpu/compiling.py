@@ -51,6 +51,7 @@ class Outcome:
 
     built: bool
     reason: str
+    level: str | None = None  # the instruction set, where it is loaded
 
 
 _lock = threading.Lock()
@@ -68,6 +69,11 @@ def available() -> tuple[bool, str]:
     return outcome.built, outcome.reason
 
 
+def loaded_level() -> str | None:
+    """The instruction set for which the kernel has been loaded; loads nothing."""
+    return None if _outcome is None else _outcome.level
+
+
 def build() -> tuple[bool, str]:
     """Compiles and loads the kernel ahead of its first use. Returns what `available` returns."""
     return available()
@@ -81,7 +87,7 @@ def load() -> Outcome:
             try:
                 level = best_level()
                 torch.ops.load_library(str(library(level)))
-                _outcome = Outcome(True, f"the C++ kernel for {level} is loaded")
+                _outcome = Outcome(True, f"the C++ kernel for {level} is loaded", level)
             except (BuildError, OSError) as error:
                 _outcome = Outcome(False, f"the C++ kernel is not available: {error}")
                 logger.warning("%s Portable PyTorch is used instead.", sentence(_outcome.reason))

@@ -173,10 +173,10 @@ class Attention : public Problem<In> {
     block.end = block.limit[kRows - 1];
   }
 
-  // Rows of a [B, H, N, D] tensor, padded by zeros to [kRows][padded_dim].
+  // Rows of a [B, H, N, D] tensor, padded by zeros to [lanes][padded_dim].
   void gather(const Block& block, const View<const In>& from, const float* factor, Op* to) const {
     const int64_t dim = L::padded_dim(s.D);
-    for (int64_t lane = 0; lane < kRows; ++lane) {
+    for (int64_t lane = 0; lane < block.vectors * kLanes; ++lane) {
       Op* row = to + lane * dim;
       int64_t filled = 0;
       if (lane < block.count) {
@@ -187,10 +187,10 @@ class Attention : public Problem<In> {
     }
   }
 
-  // [kRows][padded_dim] -> the right operand over D.
-  void transpose(const Op* from, Op* to) const {
-    const int64_t words = L::padded_dim(s.D) * int64_t(sizeof(Op)) / 4;
-    transpose_words(reinterpret_cast<const uint32_t*>(from), words, kRows, words, reinterpret_cast<uint32_t*>(to), kRows);
+  // [lanes][padded_dim] -> the right operand over D.
+  void transpose(const Block& block, const Op* from, Op* to) const {
+    const int64_t words = L::padded_dim(s.D) * int64_t(sizeof(Op)) / 4, lanes = block.vectors * kLanes;
+    transpose_words(reinterpret_cast<const uint32_t*>(from), words, lanes, words, reinterpret_cast<uint32_t*>(to), kRows);
   }
 
   // The first vector of lanes of which any lane sees key t0.
@@ -298,7 +298,7 @@ class Attention : public Problem<In> {
     begin(block, ref);
     const KeyValue<Op> kv = key_value(ref.bk);
     gather(block, q, nullptr, m.rows);
-    transpose(m.rows, m.qT);
+    transpose(block, m.rows, m.qT);
     std::fill(block.max, block.max + kRows, kLowest);
     std::fill(block.sum, block.sum + kRows, 0.f);
     std::memset(m.outT, 0, kRows * L::padded_dim(s.D) * sizeof(float));
@@ -308,12 +308,23 @@ class Attention : public Problem<In> {
       if (!set_bias(block, t0, keys, m.bias)) continue;
       const int64_t first = first_vector(block, t0), lane0 = first * kLanes, lanes = block.vectors * kLanes - lane0;
       const Left<Op> keys_run = rows_of_run(kv.k, t0, keys, s.D, m.keys);
-      product(keys, lanes, s.D, keys_run, m.qT + lane0, kRows, m.scores + lane0, kRows, false);
+      score(keys, lanes, keys_run, m.qT + lane0, m.scores + lane0);
       for (int64_t vector = first; vector < block.vectors; ++vector) softmax(block, m, vector, t0, keys);
       const Left<Op> values = columns_of_run(kv, kv.vT, rows_of_run(kv.v, t0, keys, s.D, m.values), t0);
       product(s.D, lanes, keys, values, m.scores + lane0, kRows, m.outT + lane0, kRows, true);
     }
     write_output(block, m.outT, out);
+  }
+
+  // How many products of a score are summed up at a time. Short sums have smaller rounding errors; among many keys those of
+  // the long sums over keys outweigh them.
+  int64_t short_sum() const { return s.T <= 16 ? 8 : s.T <= 64 ? 32 : s.D; }
+
+  void score(int64_t keys, int64_t lanes, const Left<Op>& rows_, const Op* queriesT, float* scores) const {
+    const int64_t most = short_sum();
+    for (int64_t d = 0; d < s.D; d += most) {
+      product(keys, lanes, std::min(most, s.D - d), rows_.from(0, d), queriesT + d * kRows, kRows, scores, kRows, d > 0);
+    }
   }
 
   // 2^y, as exact as an operand can tell.
@@ -388,8 +399,10 @@ class Attention : public Problem<In> {
     for (int64_t lane = 0; lane < block.count; ++lane) {
       const int64_t h = block.h[lane], n = block.n[lane], at = (block.b * s.H + h) * s.N + n;
       const float inverse = block.sum[lane] == 0.f ? 0.f : 1.f / block.sum[lane];
-      stats[at] = block.max[lane];
-      stats[size + at] = inverse;
+      if (stats) {
+        stats[at] = block.max[lane];
+        stats[size + at] = inverse;
+      }
       factor[lane] = inverse * widen(*gates.at(block.b, h, n));
     }
     for (int64_t lane0 = 0; lane0 < block.count; lane0 += kLanes) {
@@ -458,11 +471,12 @@ class Attention : public Problem<In> {
     return m;
   }
 
-  void right_operand(const Op* from, Op* to) const {
+  void right_operand(const Block& block, const Op* from, Op* to) const {
+    const int64_t lanes = block.vectors * kLanes;
     if constexpr (L::pairs) {
-      pair_rows(from, kRows, L::padded_dim(s.D), to);
+      pair_rows(from, lanes, L::padded_dim(s.D), to);
     } else {
-      std::memcpy(to, from, kRows * L::padded_dim(s.D) * sizeof(Op));
+      std::memcpy(to, from, lanes * L::padded_dim(s.D) * sizeof(Op));
     }
   }
 
@@ -487,12 +501,12 @@ class Attention : public Problem<In> {
       delta[lane] = dot * s.scale;
     }
     gather(block, q, nullptr, m.rows);
-    transpose(m.rows, m.qT);
-    right_operand(m.rows, m.q_right);
+    transpose(block, m.rows, m.qT);
+    right_operand(block, m.rows, m.q_right);
     gather(block, grad, nullptr, m.rows);
-    transpose(m.rows, m.gradT);
+    transpose(block, m.rows, m.gradT);
     gather(block, grad, gate, m.rows);
-    right_operand(m.rows, m.grad_right);
+    right_operand(block, m.rows, m.grad_right);
     std::memset(m.dqT, 0, kRows * dim * sizeof(float));
 
     for (int64_t t0 = 0; t0 < block.end; t0 += L::keys_in_run) {

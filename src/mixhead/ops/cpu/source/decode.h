@@ -23,29 +23,31 @@ namespace mixhead {
 
 constexpr int64_t kPiece = 256;       // keys in a piece
 constexpr int64_t kMostRows = 32;     // of any key-value head
+constexpr int64_t kFewScores = 2;     // of a row
 constexpr int64_t kKeyBlock = 64;     // values that stay in the first cache while several tiles of rows pass
 constexpr int64_t kAheadBytes = 4096; // how far ahead of its use memory is asked for
 
-// Rows of a key-value head, on average; with more, whole blocks are faster, in bf16 sooner where the CPU multiplies it.
+// Rows of a key-value head, on average; with more, whole blocks are faster. In bf16 that is sooner where the CPU multiplies
+// it, unless there are too few keys to make up for packing them.
+template <class In>
+inline int64_t most_rows(const Shape& s) {
 #if defined(__AVX512BF16__)
-template <class In>
-constexpr int64_t kFewRows = std::is_same_v<In, float> ? 16 : 8;
-#else
-template <class In>
-constexpr int64_t kFewRows = 16;
+  if (std::is_same_v<In, BFloat> && s.T > 64) return 8;
 #endif
+  return 16;
+}
 
 template <class In>
 inline bool few_rows(const Shape& s, const View<const bool>& selected) {
-  const int64_t most = s.N * s.groups();
-  if (most <= kFewRows<In> || most > 2 * kFewRows<In>) return most <= kFewRows<In>;
+  const int64_t few = most_rows<In>(s), most = s.N * s.groups();
+  if (most <= few || most > 2 * few) return most <= few;
   int64_t count = 0;
   for (int64_t b = 0; b < s.B; ++b) {
     for (int64_t n = 0; n < s.N; ++n) {
       for (int64_t h = 0; h < s.H; ++h) count += *selected.at(b, h, n);
     }
   }
-  return count <= kFewRows<In> * s.B * s.K;
+  return count <= few * s.B * s.K;
 }
 
 inline Vec load_wide(const float* p) { return load(p); }
@@ -106,7 +108,8 @@ inline void for_tiles_of_rows(int64_t count, Use use) {
 
 // Scores of kLanes / R keys for R rows; past `keys` the last key is read again.
 template <int R, class In>
-inline void score_tile(const float* q, int64_t ldq, const In* k, int64_t row, int64_t keys, int64_t D, float* scores) {
+[[gnu::always_inline]] inline void score_tile(const float* q, int64_t ldq, const In* k, int64_t row, int64_t keys, int64_t D,
+                                              float* scores) {
   constexpr int kKeys = kLanes / R;
   constexpr int64_t ahead = kAheadBytes / sizeof(In);
   const In* key[kKeys];
@@ -137,6 +140,23 @@ inline void score_tile(const float* q, int64_t ldq, const In* k, int64_t row, in
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     std::memcpy(scores + r * kPiece, reinterpret_cast<const float*>(&total) + r * kKeys, kKeys * sizeof(float));
+  }
+}
+
+// Scores of so few keys that a tile, which adds up the lanes of many sums together, does not pay.
+template <class In>
+inline void score_one_by_one(const float* q, int64_t rows, int64_t ldq, const In* k, int64_t row, int64_t keys, int64_t D,
+                             float* scores) {
+  const int64_t whole = D / kLanes * kLanes;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t t = 0; t < keys; ++t) {
+      const float* query = q + r * ldq;
+      const In* key = k + t * row;
+      Vec sum = all(0.f);
+      for (int64_t d = 0; d < whole; d += kLanes) sum += load(query + d) * load_wide(key + d);
+      if (whole < D) sum += load(query + whole) * load_some(key + whole, D - whole);
+      scores[r * kPiece + t] = sum_of(sum);
+    }
   }
 }
 
@@ -177,7 +197,7 @@ class Decode {
   View<const bool> selected;
   Mask mask;
   View<In> out;
-  float* stats;  // as in attention.h
+  float* stats;  // as in views.h
 
   void reserve() {
     partial_.reset(new float[lists() * pieces() * partial_size()]);
@@ -191,9 +211,10 @@ class Decode {
   struct Memory {
     float *q, *scores, *bias;
   };
-  int64_t bytes() const { return kMostRows * (dim() + 2 * kPiece) * int64_t(sizeof(float)) + 1024; }
+  int64_t bytes() const { return all_rows() * (dim() + 2 * kPiece) * int64_t(sizeof(float)) + 1024; }
   Memory memory(Arena& arena) const {
-    return {arena.take<float>(kMostRows * dim()), arena.take<float>(kMostRows * kPiece), arena.take<float>(kMostRows * kPiece)};
+    const int64_t rows = all_rows();
+    return {arena.take<float>(rows * dim()), arena.take<float>(rows * kPiece), arena.take<float>(rows * kPiece)};
   }
 
   void run(Memory& m, int64_t item) const {
@@ -215,9 +236,10 @@ class Decode {
   };
 
   // Of one piece: [rows][dim], then the rows' maxima, then their sums.
-  int64_t partial_size() const { return s.N * s.groups() * (dim() + 2); }
+  int64_t partial_size() const { return all_rows() * (dim() + 2); }
   float* partial(int64_t bk, int64_t piece) const { return partial_.get() + (bk * pieces() + piece) * partial_size(); }
   int64_t lists() const { return s.B * s.K; }
+  int64_t all_rows() const { return s.N * s.groups(); }  // of one key-value head, selected or not: at most kMostRows
   int64_t pieces() const { return (s.T + kPiece - 1) / kPiece; }
   int64_t dim() const { return round_up(s.D, kLanes); }
 
@@ -298,7 +320,7 @@ class Decode {
   }
 
   void attend(Memory& m, const Rows& rows, int64_t t0, float* to) const {
-    float *max = to + s.N * s.groups() * dim(), *sum = max + rows.count;
+    float *max = to + all_rows() * dim(), *sum = max + rows.count;
     std::memset(to, 0, rows.count * dim() * sizeof(float));
     const Visible seen = look(m, rows, t0);
     const int64_t keys = seen.end - seen.begin;
@@ -312,7 +334,12 @@ class Decode {
       copy_row(from, s.D, 1.f, m.q + r * dim());
       std::fill(m.q + r * dim() + s.D, m.q + (r + 1) * dim(), 0.f);
     }
-    score(m.q, rows.count, k.at(rows.b, rows.kv_head, seen.begin), keys, m.scores);
+    const In* first_key = k.at(rows.b, rows.kv_head, seen.begin);
+    if (keys <= kFewScores) {
+      score_one_by_one(m.q, rows.count, dim(), first_key, k.row, keys, s.D, m.scores);
+    } else {
+      score(m.q, rows.count, first_key, keys, m.scores);
+    }
     for (int64_t r = 0; r < rows.count; ++r) softmax(m.scores + r * kPiece, seen.bias[r], keys, max + r, sum + r);
     add_values(m.scores, rows.count, v.at(rows.b, rows.kv_head, seen.begin), keys, to);
   }
@@ -328,24 +355,25 @@ class Decode {
     }
   }
 
-  // Scores -> probabilities over their sum, in place.
+  // Scores -> probabilities over their sum, in place. Scores of hidden keys may be anything.
   void softmax(float* scores, const float* bias, int64_t keys, float* max, float* sum) const {
     const int64_t padded = round_up(keys, kLanes);
-    for (int64_t t = 0; t < keys; ++t) {
-      const float x = scores[t] * (s.scale * kLog2e);
-      scores[t] = bias == nullptr ? x : bias[t] == -kInfinity ? -kInfinity : x + bias[t];
+    const Vec factor = all(s.scale * kLog2e), hidden = all(-kInfinity);
+    for (int64_t t = 0; t < padded; t += kLanes) {
+      const Vec x = load(scores + t) * factor;
+      const Vec b = bias == nullptr ? all(0.f) : load(bias + t);
+      store(scores + t, b == hidden ? hidden : x + b);
     }
     std::fill(scores + keys, scores + padded, -kInfinity);
     Vec largest = all(kLowest), total = all(0.f);
     for (int64_t t = 0; t < padded; t += kLanes) largest = larger(load(scores + t), largest);
-    for (int i = 0; i < kLanes; ++i) *max = i == 0 ? largest[0] : std::max(*max, largest[i]);
+    *max = largest_of(largest);
     for (int64_t t = 0; t < padded; t += kLanes) {
       const Vec p = exp2(load(scores + t) - *max);
       store(scores + t, p);
       total += p;
     }
-    *sum = 0.f;
-    for (int i = 0; i < kLanes; ++i) *sum += total[i];
+    *sum = sum_of(total);
   }
 
   void add_values(const float* probs, int64_t rows, const In* values, int64_t keys, float* to) const {
@@ -374,23 +402,25 @@ class Decode {
 
   // Adds up a key-value head's pieces in order, and writes its rows of the output.
   void combine(const Rows& rows, int64_t bk) const {
-    const int64_t size = s.B * s.H * s.N, all_rows = s.N * s.groups();
+    const int64_t size = s.B * s.H * s.N;
     for (int64_t r = 0; r < rows.count; ++r) {
-      const auto max_of = [&](int64_t piece) { return partial(bk, piece)[all_rows * dim() + r]; };
-      const auto sum_of = [&](int64_t piece) { return partial(bk, piece)[all_rows * dim() + rows.count + r]; };
+      const auto max_of = [&](int64_t piece) { return partial(bk, piece)[all_rows() * dim() + r]; };
+      const auto sum_of = [&](int64_t piece) { return partial(bk, piece)[all_rows() * dim() + rows.count + r]; };
       float max = kLowest, sum = 0.f;
       for (int64_t piece = 0; piece < pieces(); ++piece) max = std::max(max, max_of(piece));
       float* total = partial(bk, 0) + r * dim();
       for (int64_t piece = 0; piece < pieces(); ++piece) {
-        const float factor = std::exp2(max_of(piece) - max);
+        const float factor = pieces() == 1 ? 1.f : std::exp2(max_of(piece) - max);
         const float* from = partial(bk, piece) + r * dim();
         sum += factor * sum_of(piece);
         for (int64_t d = 0; d < s.D; ++d) total[d] = (piece == 0 ? 0.f : total[d]) + factor * from[d];
       }
       const int64_t h = rows.h[r], n = rows.n[r], at = (rows.b * s.H + h) * s.N + n;
       const float inverse = sum == 0.f ? 0.f : 1.f / sum, factor = inverse * widen(*gates.at(rows.b, h, n));
-      stats[at] = max;
-      stats[size + at] = inverse;
+      if (stats) {
+        stats[at] = max;
+        stats[size + at] = inverse;
+      }
       In* to = out.at(rows.b, h, n);
       for (int64_t d = 0; d < s.D; ++d) narrow(total[d] * factor, to + d);
     }

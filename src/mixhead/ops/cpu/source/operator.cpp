@@ -1,8 +1,7 @@
 // The PyTorch side: tensors to views, lists of selected rows, threads, and the two operators of the library `mixhead`.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
@@ -42,13 +41,32 @@ View<T> view_of_gates(const Tensor& x) {
 Mask mask_of(const std::optional<Tensor>& x) {
   Mask mask;
   if (!x) return mask;
-  TORCH_CHECK(x->dim() == 4, "the mask must have 4 dimensions, got ", x->dim());
   mask.data = x->data_ptr();
   mask.type = x->scalar_type() == at::kBool ? MaskType::boolean
               : x->scalar_type() == at::kFloat ? MaskType::float32 : MaskType::bfloat16;
   int64_t* strides[] = {&mask.batch, &mask.head, &mask.row, &mask.key};
   for (int i = 0; i < 4; ++i) *strides[i] = x->size(i) == 1 ? 0 : x->stride(i);
   return mask;
+}
+
+// Refuses what the kernel would read past its end. A sentence for users is made in Python.
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gates, const Tensor& selected,
+           const std::optional<Tensor>& mask) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && gates.dim() == 3 && q.numel() > 0 && k.numel() > 0,
+              "queries, keys and values must have 4 dimensions, gates 3, and none of size 0");
+  const int64_t B = q.size(0), H = q.size(1), N = q.size(2), T = k.size(2), D = q.size(3);
+  TORCH_CHECK(k.size(0) == B && H % k.size(1) == 0 && k.size(3) == D && v.sizes() == k.sizes(), "queries ", q.sizes(),
+              ", keys ", k.sizes(), " and values ", v.sizes(), " do not fit");
+  TORCH_CHECK(gates.size(0) == B && gates.size(1) == N && gates.size(2) == H && selected.sizes() == gates.sizes(), "gates ",
+              gates.sizes(), " and selection ", selected.sizes(), " do not fit queries ", q.sizes());
+  const auto dtype = q.scalar_type();
+  TORCH_CHECK((dtype == at::kFloat || dtype == at::kBFloat16) && k.scalar_type() == dtype && v.scalar_type() == dtype &&
+                  gates.scalar_type() == dtype && selected.scalar_type() == at::kBool,
+              "queries, keys, values and gates must be float32 or bfloat16, all of one dtype, and the selection boolean");
+  if (!mask) return;
+  const int64_t sizes[] = {B, H, N, T};
+  TORCH_CHECK(mask->dim() == 4, "the mask must have 4 dimensions, got ", mask->dim());
+  for (int i = 0; i < 4; ++i) TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == sizes[i], "the mask does not fit");
 }
 
 // Calls `body(next)` on every thread. A body takes pieces of work by counting `next` up, so that pieces may differ in size;
@@ -253,9 +271,9 @@ constexpr bool in_bf16 = std::is_same_v<Op, BFloat>;
 #endif
 
 template <class In, class Op>
-void run_forward(Call<In, Op>& call, const Tensor& out, const Tensor& stats) {
+void run_forward(Call<In, Op>& call, const Tensor& out, float* stats) {
   const View<In> to = view<In>(out);
-  call.attention.stats = stats.data_ptr<float>();
+  call.attention.stats = stats;
   clear_unselected(call.attention.s, call.selected, to);
   if constexpr (in_bf16<Op>) {
     run_bf16_forward(call, to);
@@ -333,7 +351,7 @@ void run_backward(Call<In, Op>& call, const Tensor& grad_, const Tensor& out, co
 // A few rows against each key-value head.
 template <class In>
 void run_decode(const Shape& shape, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& gates,
-                const Tensor& selected, const std::optional<Tensor>& mask, const Tensor& out, const Tensor& stats) {
+                const Tensor& selected, const std::optional<Tensor>& mask, const Tensor& out, float* stats) {
   const Tensor q = unit_stride(q_), k = unit_stride(k_), v = unit_stride(v_);
   Decode<In> decode;
   decode.s = shape;
@@ -344,7 +362,7 @@ void run_decode(const Shape& shape, const Tensor& q_, const Tensor& k_, const Te
   decode.selected = view_of_gates<const bool>(selected);
   decode.mask = mask_of(mask);
   decode.out = view<In>(out);
-  decode.stats = stats.data_ptr<float>();
+  decode.stats = stats;
   decode.reserve();
   share_work(decode.work(), [&](std::atomic<int64_t>& next) {
     Arena arena(decode.bytes());
@@ -355,13 +373,14 @@ void run_decode(const Shape& shape, const Tensor& q_, const Tensor& k_, const Te
 
 // [B, H, N, D] with the heads of a token side by side, as the output projection wants them.
 Tensor empty_by_token(const Tensor& q) {
-  return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);
+  const int64_t B = q.size(0), H = q.size(1), N = q.size(2), D = q.size(3);
+  return at::empty_strided({B, H, N, D}, {N * H * D, D, H * D, 1}, q.options());
 }
 
-std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gates,
-                                  const Tensor& selected, const std::optional<Tensor>& mask, bool causal, double scale) {
+Tensor run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gates, const Tensor& selected,
+           const std::optional<Tensor>& mask, bool causal, double scale, float* stats) {
+  check(q, k, v, gates, selected, mask);
   Tensor out = empty_by_token(q);
-  Tensor stats = at::zeros({2, q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   const Shape shape{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), causal, float(scale)};
   const bool in_float = q.scalar_type() == at::kFloat;
   if ((in_float ? few_rows<float> : few_rows<BFloat>)(shape, view_of_gates<const bool>(selected))) {
@@ -373,13 +392,19 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
     Call<BFloat, BFloatOperand> call(q, k, v, gates, selected, mask, causal, scale);
     run_forward(call, out, stats);
   }
-  return {out, stats};
+  return out;
+}
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gates,
+                                  const Tensor& selected, const std::optional<Tensor>& mask, bool causal, double scale) {
+  Tensor stats = at::zeros({2, q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+  return {run(q, k, v, gates, selected, mask, causal, scale, stats.data_ptr<float>()), stats};
 }
 
 // Without what the backward needs.
 Tensor attend_inference(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gates, const Tensor& selected,
                         const std::optional<Tensor>& mask, bool causal, double scale) {
-  return std::get<0>(attend(q, k, v, gates, selected, mask, causal, scale));
+  return run(q, k, v, gates, selected, mask, causal, scale, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(const Tensor& grad, const Tensor& q, const Tensor& k,

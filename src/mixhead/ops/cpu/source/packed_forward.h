@@ -130,8 +130,8 @@ class PackedForward : public Attention<In, BFloat> {
     }
     for (int part = 0; part < parts; ++part) {
       BFloat* rows_ = m.rows + part * size;
-      std::memset(rows_ + block.count * dim(), 0, (kRows - block.count) * dim() * sizeof(BFloat));
-      this->transpose(rows_, m.qT + part * size);
+      std::memset(rows_ + block.count * dim(), 0, (block.vectors * kLanes - block.count) * dim() * sizeof(BFloat));
+      this->transpose(block, rows_, m.qT + part * size);
     }
     return magnitude.fits();
   }

@@ -97,9 +97,23 @@ inline void store_first(float* p, Vec v, int64_t count) {
 }
 
 inline float sum_of(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float sum = 0.f;
   for (int i = 0; i < kLanes; ++i) sum += v[i];
   return sum;
+#endif
+}
+
+inline float largest_of(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float largest = v[0];
+  for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+#endif
 }
 
 // 2^f for f in [-1/2, 1/2]: a minimax polynomial, 1 at 0. Its relative error of 2e-9 is lost in the rounding.

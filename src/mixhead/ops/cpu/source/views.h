@@ -91,7 +91,8 @@ struct Problem {
   View<const In> q, k, v, gates;  // gates: [B, N, H], so `head` and `row` are those of that tensor
   Mask mask;
   const RowLists* rows;
-  float* stats;                   // [2][B][H][N]: the subtracted maximum times log2(e), and 1 / sum (0 where nothing is visible)
+  float* stats;                   // for the backward pass, or null: [2][B][H][N], the subtracted maximum times
+                                  // log2(e), and 1 / sum (0 where nothing is visible)
 };
 
 }  // namespace mixhead
