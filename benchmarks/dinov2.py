@@ -61,7 +61,7 @@ TUNING = {
     },
 }
 RESULTS = Path(__file__).parent / "results"
-# Without labels, the same images in smaller batches. Batch and rate were chosen on training images that no arm sees.
+# Without labels, the same images in smaller batches. Batch and rate were chosen on training images held out of a trial.
 DISTILLING = {
     **TUNING,
     "batch_size": 8,
@@ -250,8 +250,8 @@ def main() -> None:
         f"Top-1 on the first {TESTED:,} test images of Fashion-MNIST at {SIDE} pixels; linear head on class token and "
         f"mean patch, fitted to {PROBED:,} images. Tuned: {TUNED:,} images, every weight, the same for each "
         "arm; without labels towards the final hidden states of the dense model, for which its own untouched probe is "
-        "what there is to compare with (batch and rate of that tuning were chosen on 2,000 training images that no arm "
-        "sees). Speed: one image of 518 pixels, float32, against the dense model.\n\n"
+        "what there is to compare with (batch and rate of that tuning were chosen on 2,000 training images held out of a "
+        "trial). Speed: one image of 518 pixels, float32, against the dense model.\n\n"
         "`python benchmarks/dinov2.py`, then `--speed 1` and `--speed 2` on an idle machine. "
         f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, Python {platform.python_version()}, {versions}.\n\n"
         f"{table(results)}\n"
