@@ -152,8 +152,9 @@ def report(found: list[dict], arguments: argparse.Namespace) -> str:
         f"Every run: {recipe['training']['steps']} steps of {recipe['training']['batch_size']} images; "
         f"{quality['generated']:,} images drawn with {SAMPLING.steps} steps of DPM-Solver++ without guidance, compared "
         f"with the {quality['real']:,} test images. Features and classes: {quality['extractor']}. **These are not "
-        "Inception features**: the figures compare the rows with each other, and with nothing else. The recipe was changed "
-        "once, after a first dense run of 3,000 steps on mirrored images (FID 8.3); nothing was chosen between the arms.",
+        "Inception features**: the figures compare the rows with each other, and with nothing else. The recipe was "
+        "changed once, after a first dense run of 3,000 steps on mirrored images (FID 8.3); nothing was chosen between "
+        "the arms.",
         "",
         "| heads | seed | FID | sFID | classifier score | precision | recall | noise error | CPU minutes |",
         "|---|---|---|---|---|---|---|---|---|",
