@@ -8,9 +8,9 @@ from zoo import ZOO, tokens
 
 import mixhead
 from mixhead import CalibrationConfig, MoHConfig
-from mixhead.convert.calibrate import evaluation
 from mixhead.convert.refit import OutputTrace
 from mixhead.models.hugging_face import find_sites
+from mixhead.modes import evaluation_mode
 
 UNIFORM = CalibrationConfig(budget="uniform", refit_output=False)
 
@@ -30,7 +30,7 @@ def batches(name="llama", count=12):
 
 def sums(model, data):
     trace = OutputTrace(find_sites(model))
-    with evaluation(model, None):
+    with evaluation_mode(model), torch.no_grad():
         for ids in data:
             model(input_ids=ids, routing_trace=trace)
     return trace
@@ -51,7 +51,7 @@ def test_it_solves_the_regression_that_it_claims_to():
                 selected = site.module.moh_router(hidden_XC[None], None, None).selected_BNH[0]
                 seen.append((torch.where(selected[..., None], heads_XHD, site.module.moh_skipped), heads_XHD))
 
-    with evaluation(model, None):
+    with evaluation_mode(model), torch.no_grad():
         for ids in batches():
             model(input_ids=ids, routing_trace=Keep(find_sites(model)))
     filled, heads = (torch.cat(parts).flatten(1).double() for parts in zip(*seen, strict=True))
