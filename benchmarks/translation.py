@@ -61,6 +61,8 @@ class Translation(Comparison):
 
     def notes(self, metrics: Row) -> list[str]:
         return [
+            "All arms have the learning rate of the recipe, or that of the command. What another one does for the "
+            "Transformers, which changes how far they are behind, stands in docs/translation.md.",
             f"MACs: of the matrix products of encoder, decoder and output layer, for {LENGTH} source and {LENGTH} "
             "target tokens, as executed.",
             f"sacreBLEU: `{metrics['sacreBLEU signature']}`; chrF: `{metrics['chrF signature']}`.",

@@ -65,7 +65,7 @@ def plot_load_by(contents: Contents, label: str, file: Path, layer: str | None =
             width,
             yerr=BAND * np.nan_to_num(load.error_H[heads]),
             error_kw={"linewidth": 0.6},
-            color=colours[place],
+            color=colours[place % len(colours)],
             label=group.value,
         )
     axes.set_xticks(range(len(heads)), [str(head) for head in heads], fontsize=8)
