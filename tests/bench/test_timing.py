@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from mixhead.bench import timing
 from mixhead.bench.timing import Times, race, ratio, threads
 
 
@@ -28,14 +29,42 @@ def test_the_ratio_is_the_median_of_the_rounds_not_the_ratio_of_medians():
     assert ours.cpu_ms == 4000.0
 
 
-def test_all_take_their_turn_and_short_calls_are_repeated_equally_often():
-    order = []
-    race([lambda: order.append("a"), lambda: order.append("b")], rounds=2, seconds=1e-4)
-    counts = [order.count(name) for name in "ab"]
-    # Warm-up once each; the baseline once more, to learn how long it takes.
-    assert counts[0] == counts[1] + 1 > 4
-    repeats = (counts[1] - 1) // 2
-    assert order[3:] == (["a"] * repeats + ["b"] * repeats) * 2
+class Clock:
+    """Stands still but for what the calls take."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    process_time = perf_counter
+
+
+def test_all_take_their_turn_and_short_calls_are_repeated_equally_often(monkeypatch):
+    clock, order = Clock(), []
+    monkeypatch.setattr(timing, "time", clock)
+
+    def call(name, seconds):
+        order.append(name)
+        clock.now += seconds
+
+    measured = race([lambda: call("a", 1 / 1024), lambda: call("b", 1 / 256)], rounds=2, seconds=8 / 1024)
+    # Once each to warm up; the baseline once more, to learn how long it takes: eight calls are the least time.
+    assert order == ["a", "b", "a", *(["a"] * 8 + ["b"] * 8) * 2]
+    assert [times.wall for times in measured] == [(1 / 1024, 1 / 1024), (1 / 256, 1 / 256)]
+
+
+def test_a_long_call_is_not_repeated(monkeypatch):
+    clock, order = Clock(), []
+    monkeypatch.setattr(timing, "time", clock)
+
+    def call():
+        order.append("a")
+        clock.now += 1.0
+
+    assert race([call], rounds=2, seconds=0.1)[0].cpu == (1.0, 1.0)
+    assert len(order) == 1 + 2
 
 
 def test_the_number_of_threads_is_put_back_after_an_error():

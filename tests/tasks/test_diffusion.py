@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from mixhead.models.moh_dit import ancestral_scheduler
 from mixhead.tasks.diffusion import GaussianDiffusion, eight_bit_log_likelihood, gaussian_divergence
+from mixhead.tasks.sampling import sampling_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +69,19 @@ def test_the_bound_is_0_for_the_true_step_and_grows_with_the_error(diffusion):
     t = torch.tensor([1, 10, 500, 900])
     noised = diffusion.add_noise(image, noise, t)
     smallest = torch.full_like(noise, -1.0)
-    exact = diffusion.bound(image, noised, torch.cat([noise, smallest], 1), t)
+    exact = diffusion.bound(image, noised, noise, smallest, t)
     torch.testing.assert_close(exact, torch.zeros(4), rtol=0, atol=1e-4)
-    assert (diffusion.bound(image, noised, torch.cat([noise + 0.1, smallest], 1), t) > exact).all()
+    assert (diffusion.bound(image, noised, noise + 0.1, smallest, t) > exact).all()
 
 
 def test_the_first_step_is_measured_in_bits_per_value(diffusion):
     image, noise = batch()
     t = torch.zeros(4, dtype=torch.int64)
     noised = diffusion.add_noise(image, noise, t)
-    output = torch.cat([noise, torch.ones_like(noise)], 1)
+    largest = torch.ones_like(noise)
     mean = diffusion.step_back(diffusion.remove_noise(noised, noise, t), noised, t)
-    expected = -eight_bit_log_likelihood(image, mean, diffusion.log_variance(torch.ones_like(noise), t))
-    measured = diffusion.bound(image, noised, output, t)
+    expected = -eight_bit_log_likelihood(image, mean, diffusion.log_variance(largest, t))
+    measured = diffusion.bound(image, noised, noise, largest, t)
     torch.testing.assert_close(measured, expected.flatten(1).mean(1) / math.log(2))
 
 
@@ -100,3 +101,33 @@ def test_a_model_without_variance_has_no_bound(diffusion):
     losses = diffusion.losses(image, noise, noise.clone(), torch.tensor([0, 5, 300, 999]))
     assert losses.bound is None
     assert losses.total == 0
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm", "ancestral"])
+def test_a_perfect_velocity_leads_every_sampler_back_to_the_image(sampler):
+    image, noise = batch(channels=3)
+    trained = ancestral_scheduler(prediction_type="v_prediction")
+    diffusion, t = GaussianDiffusion(trained.betas, "v_prediction"), torch.full((4,), 999)
+    velocity = diffusion.velocity(image, noise, t)
+    torch.testing.assert_close(velocity, trained.get_velocity(image, noise, t), rtol=1e-4, atol=1e-4)
+    scheduler = sampling_scheduler(trained, sampler)
+    scheduler.set_timesteps(50)
+    x = diffusion.add_noise(image, noise, t)
+    for step in scheduler.timesteps:
+        kept = trained.alphas_cumprod[int(step)]
+        left = (x - kept.sqrt() * image) / (1 - kept).sqrt()
+        perfect = diffusion.velocity(image, left, torch.full((4,), int(step)))
+        share = torch.full_like(perfect, -1.0)
+        x = scheduler.step(torch.cat([perfect, share], 1) if sampler == "ancestral" else perfect, step, x).prev_sample
+    torch.testing.assert_close(x, image, rtol=0, atol=0.02)
+
+
+def test_a_perfect_velocity_has_no_loss():
+    image, noise = batch()
+    diffusion, t = GaussianDiffusion(ancestral_scheduler().betas, "v_prediction"), torch.tensor([1, 10, 500, 900])
+    output = torch.cat([diffusion.velocity(image, noise, t), torch.full_like(noise, -1.0)], 1)
+    losses = diffusion.losses(image, noise, output, t)
+    assert losses.noise == 0
+    assert losses.bound == pytest.approx(0, abs=1e-4)
+    noised = diffusion.add_noise(image, noise, t)
+    torch.testing.assert_close(diffusion.noise_of(output[:, :2], noised, t), noise, rtol=1e-4, atol=1e-4)

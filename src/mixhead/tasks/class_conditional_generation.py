@@ -93,12 +93,13 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
     from mixhead.models.moh_dit import ancestral_scheduler
 
     settings = settings_from(GenerationSettings, recipe.values)
-    scheduler = ancestral_scheduler(clip_sample=settings.data.vae is None)
+    predicted = settings.training.prediction_type
+    scheduler = ancestral_scheduler(clip_sample=settings.data.vae is None, prediction_type=predicted)
     inputs = training_inputs(settings.data)
     config = model_config(settings.model, inputs)
     set_seed(settings.training.seed)
     model = MoHDiT(config)
-    trainer = DiffusionTrainer(model, GaussianDiffusion(scheduler.betas), inputs, settings.training, run)
+    trainer = DiffusionTrainer(model, GaussianDiffusion(scheduler.betas, predicted), inputs, settings.training, run)
     done = open_run(trainer, MANIFEST, {"task": recipe.task, **recipe.values}, resume)
     seconds = run_training(trainer, done, "Training")
     trainer.average.copy_to(model)

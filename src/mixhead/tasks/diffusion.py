@@ -1,4 +1,4 @@
-"""What a denoising diffusion model is trained to minimise: the error of the noise, and the bound on the variance.
+"""What a denoising diffusion model is trained to minimise: the error of its prediction, and the bound on the variance.
 
 The schedule of the noise is that of a scheduler of diffusers, which also lies beside a saved model for sampling.
 
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+PredictionType = Literal["epsilon", "v_prediction"]
 PIXEL_STEP = 1 / 127.5  # between two neighbouring values of 8 bits, where they cover [-1, 1]
 
 
@@ -21,7 +23,7 @@ class DiffusionLosses:
     """Means over a batch, float32 scalars.
 
     Attributes:
-        noise: squared error of the predicted noise.
+        noise: squared error of what is predicted, the noise or the velocity.
         bound: variational bound, bits per value; it trains the variance. None where the model predicts none.
     """
 
@@ -39,9 +41,14 @@ class GaussianDiffusion:
 
     Args:
         betas_T: variance of the noise that every step adds.
+        prediction_type: what the model predicts, under diffusers' names: "epsilon", the noise, as the published models
+            do; or "v_prediction", the velocity sqrt(a) * noise - sqrt(1 - a) * image (Salimans & Ho, arXiv 2202.00512,
+            appendix D), where a is the share of the image's variance that is left: short trainings learn coarse shapes
+            sooner from it, for the error of the noise hardly counts them.
     """
 
-    def __init__(self, betas_T: Tensor) -> None:
+    def __init__(self, betas_T: Tensor, prediction_type: PredictionType = "epsilon") -> None:
+        self.prediction_type = prediction_type
         betas_T = betas_T.double()
         self.kept_T = torch.cumprod(1 - betas_T, dim=0)  # share of the image's variance after each step
         kept_before_T = torch.cat([betas_T.new_ones(1), self.kept_T[:-1]])
@@ -65,6 +72,16 @@ class GaussianDiffusion:
         kept = _at(self.kept_T, t_B, noised_BCYX)
         return (noised_BCYX - (1 - kept).sqrt() * noise_BCYX) / kept.sqrt()
 
+    def velocity(self, image_BCYX: Tensor, noise_BCYX: Tensor, t_B: Tensor) -> Tensor:
+        """What the model predicts as "v_prediction"."""
+        kept = _at(self.kept_T, t_B, image_BCYX)
+        return kept.sqrt() * noise_BCYX - (1 - kept).sqrt() * image_BCYX
+
+    def noise_of(self, velocity_BCYX: Tensor, noised_BCYX: Tensor, t_B: Tensor) -> Tensor:
+        """The noise in a noised image, by its velocity."""
+        kept = _at(self.kept_T, t_B, noised_BCYX)
+        return kept.sqrt() * velocity_BCYX + (1 - kept).sqrt() * noised_BCYX
+
     def step_back(self, image_BCYX: Tensor, noised_BCYX: Tensor, t_B: Tensor) -> Tensor:
         """Mean of the image before step t, given that after it and the clean one."""
         from_image, from_noised = (_at(table, t_B, image_BCYX) for table in (self.from_image_T, self.from_noised_T))
@@ -82,27 +99,32 @@ class GaussianDiffusion:
         Args:
             image_BCYX: images in [-1, 1], or latents, float32.
             noise_BCYX: the noise that `add_noise` added to them.
-            output_BXYX: what the model made of the noised images: the noise, and, where it has as many channels again,
-                the variance.
+            output_BXYX: what the model made of the noised images: the noise or the velocity, and, where it has as many
+                channels again, the variance.
             t_B: diffusion steps from 0, int64.
         """
         output, channels = output_BXYX.float(), image_BCYX.shape[1]
-        error = (output[:, :channels] - noise_BCYX).square().mean()
-        if output.shape[1] == channels:
+        predicted, share = output[:, :channels], output[:, channels:]
+        is_noise = self.prediction_type == "epsilon"
+        target = noise_BCYX if is_noise else self.velocity(image_BCYX, noise_BCYX, t_B)
+        error = (predicted - target).square().mean()
+        if share.shape[1] == 0:
             return DiffusionLosses(error, None)
         noised = self.add_noise(image_BCYX, noise_BCYX, t_B)
-        return DiffusionLosses(error, self.bound(image_BCYX, noised, output, t_B).mean())
+        noise = predicted if is_noise else self.noise_of(predicted, noised, t_B)
+        return DiffusionLosses(error, self.bound(image_BCYX, noised, noise, share, t_B).mean())
 
-    def bound(self, image_BCYX: Tensor, noised_BCYX: Tensor, output_B2CYX: Tensor, t_B: Tensor) -> Tensor:
+    def bound(
+        self, image_BCYX: Tensor, noised_BCYX: Tensor, noise_BCYX: Tensor, share_BCYX: Tensor, t_B: Tensor
+    ) -> Tensor:
         """One term of the variational bound (Nichol & Dhariwal, arXiv 2102.09672, section 3.1), bits per value, [B].
 
         Where t > 0 the divergence of the model's step back from the true one; at t = 0 the negative log likelihood of
         the image's 8-bit values. Only the variance gets a gradient from it.
         """
-        noise, share = output_B2CYX.chunk(2, dim=1)
-        predicted = self.remove_noise(noised_BCYX, noise.detach(), t_B)
+        predicted = self.remove_noise(noised_BCYX, noise_BCYX.detach(), t_B)
         mean = self.step_back(predicted, noised_BCYX, t_B)
-        log_variance = self.log_variance(share, t_B)
+        log_variance = self.log_variance(share_BCYX, t_B)
         true_mean = self.step_back(image_BCYX, noised_BCYX, t_B)
         true_log_variance = _at(self.log_smallest_T, t_B, image_BCYX)
         divergence_B = gaussian_divergence(true_mean, true_log_variance, mean, log_variance).flatten(1).mean(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from mixhead.errors import MixheadError
 from mixhead.models.moh_dit import MoHDiT
 from mixhead.routing import Routing, mean_balance_loss
 from mixhead.tasks.checkpoints import damaged, step_of
-from mixhead.tasks.diffusion import GaussianDiffusion
+from mixhead.tasks.diffusion import GaussianDiffusion, PredictionType
 from mixhead.tasks.generation_data import NoisedOrder, NoisingConfig, TrainingInputs
 from mixhead.tasks.training import HEALTH, RunMixin, training_arguments
 
@@ -38,6 +38,8 @@ class TrainingSettings:
         max_grad_norm: to which gradients are clipped; infinity only measures them.
         ema_decay: of the running average of the weights, which sampling uses. The average begins faster, so that the
             first steps are forgotten.
+        prediction_type: what the model learns to predict, "epsilon" (the noise) or "v_prediction"; see
+            `GaussianDiffusion`.
         class_dropout: share of the samples that lose their class, for guidance.
         balance_coefficient: weight of the balance loss.
         bf16: whether forward and backward run in bfloat16.
@@ -55,6 +57,7 @@ class TrainingSettings:
     warmup: int = 0
     max_grad_norm: float = math.inf
     ema_decay: float = 0.9999
+    prediction_type: PredictionType = "epsilon"
     class_dropout: float = 0.1
     balance_coefficient: float = 0.01
     bf16: bool = False
@@ -75,6 +78,9 @@ class TrainingSettings:
         for name in ("ema_decay", "class_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise MixheadError(f"{name}={getattr(self, name)} must be at least 0 and less than 1.")
+        if self.prediction_type not in get_args(PredictionType):
+            known = ", ".join(get_args(PredictionType))
+            raise MixheadError(f"prediction_type={self.prediction_type!r} is unknown: choose one of {known}.")
         if not 0 <= self.balance_coefficient < math.inf:
             raise MixheadError(f"balance_coefficient={self.balance_coefficient} must be a number of at least 0.")
 

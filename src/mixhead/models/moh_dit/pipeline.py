@@ -25,11 +25,12 @@ OnStep = Callable[[int, int], None]
 LEARNED = ("learned", "learned_range")
 
 
-def ancestral_scheduler(*, clip_sample: bool = False) -> DDPMScheduler:
+def ancestral_scheduler(*, clip_sample: bool = False, prediction_type: str = "epsilon") -> DDPMScheduler:
     """The scheduler of the paper, sampled with 250 of its 1,000 steps; the model's own variance.
 
     Args:
         clip_sample: whether the predicted image is kept within [-1, 1]: for pixels, not for latents.
+        prediction_type: what the model predicts: "epsilon", the noise, or "v_prediction".
     """
     return DDPMScheduler(
         num_train_timesteps=1000,
@@ -38,6 +39,7 @@ def ancestral_scheduler(*, clip_sample: bool = False) -> DDPMScheduler:
         beta_schedule="linear",
         variance_type="learned_range",
         clip_sample=clip_sample,
+        prediction_type=prediction_type,
         timestep_spacing="linspace",
     )
 
