@@ -16,6 +16,7 @@ from mixhead.models.moa import (
     MoATransformerForConditionalGeneration,
 )
 from mixhead.models.moa.attention import DenseAttention, ExpertAttention
+from mixhead.models.moa.layers import rotary
 from mixhead.models.moa.modeling import IGNORED
 from mixhead.tasks.compute import forward_macs
 
@@ -167,3 +168,57 @@ def test_weights_keep_their_configuration() -> None:
     config = MoATransformerConfig(**SIZES)
     with pytest.raises(MixheadError, match="cannot be changed"):
         config.num_heads = 7
+
+
+def rotary_encoder(**changes: object) -> MoAForMaskedLM:
+    torch.manual_seed(0)
+    config = MoAEncoderConfig(**{**SIZES, "num_hidden_layers": 2, "position_embedding_type": "rotary", **changes})
+    model = MoAForMaskedLM(config).eval()
+    for module in model.modules():
+        if isinstance(module, ExpertAttention):
+            torch.nn.init.normal_(module.experts.router.gate_proj.weight)
+    return model
+
+
+@pytest.mark.parametrize("sizes", [SIZES, DENSE], ids=["moa", "dense"])
+def test_rotary_positions_count_from_token_to_token(sizes: dict[str, object]) -> None:
+    model = rotary_encoder(**sizes)
+    ids = torch.randint(4, 40, (1, 6), generator=torch.Generator().manual_seed(1))
+    alone = model(ids).logits
+    padded, mask = torch.cat([torch.zeros_like(ids[:, :3]), ids], 1), torch.tensor([[0] * 3 + [1] * 6])
+    torch.testing.assert_close(model(padded, mask).logits[:, 3:], alone, rtol=1e-4, atol=1e-5)
+    # Without positions the order of the others would not matter to a token.
+    assert not torch.allclose(model(ids[:, [0, 2, 1, 3, 4, 5]]).logits[:, 0], alone[:, 0], atol=1e-3)
+
+
+def test_rotary_positions_are_those_of_transformers() -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=16, num_attention_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 50.0}
+    )
+    theirs = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(7).unsqueeze(0))
+    torch.testing.assert_close(rotary(7, 8, 50.0, torch.zeros(1)), theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"position_embedding_type": "learned"}, "choose one of sinusoidal, rotary"),
+        ({"rope_theta": 0.0}, "must be a positive number"),
+        ({"head_dim": 7}, "must be even: rotary positions turn pairs"),
+    ],
+)
+def test_positions_that_cannot_be_are_refused(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(MixheadError, match=sentence):
+        rotary_encoder(**change)
+
+
+def test_positions_are_saved_with_the_model(tmp_path: Path) -> None:
+    model = rotary_encoder(rope_theta=100.0)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    ids = torch.arange(4, 12).unsqueeze(0)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.config.rope_theta == 100.0

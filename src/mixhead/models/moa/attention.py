@@ -18,10 +18,12 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from mixhead.models.moa.configuration import MoAConfig
 from mixhead.nn import MixtureOfAttentionHeads
+from mixhead.nn.moa import rotate
 from mixhead.ops.masks import with_causal
 from mixhead.routing import ExpertRouting, LossWeights
 
 KeysValues = tuple[Tensor, Tensor]
+Rotary = tuple[Tensor, Tensor]  # cos and sin, [1, N, D] each
 
 
 class LayerCache(Protocol):
@@ -68,6 +70,7 @@ class Attention(nn.Module, ABC):
         key_mask_BT: Tensor | None = None,
         causal: bool = False,
         cache: LayerCache | None = None,
+        position_embeddings: Rotary | None = None,
     ) -> tuple[Tensor, ExpertRouting | None]:
         """The output [B, N, C] and the routing of a module that has one.
 
@@ -78,10 +81,11 @@ class Attention(nn.Module, ABC):
             key_mask_BT: bool, False at padding, which is not attended to.
             causal: a query sees the keys up to its own position; the last query sees the last key.
             cache: keeps keys and values.
+            position_embeddings: turns queries and keys, which are those of the same tokens; not with a cache.
         """
         project = partial(self.project, source_BTC)
         keys_values = project() if cache is None else cache.keys_values(project)
-        return self.attend(hidden_BNC, keys_values, query_mask_BN, key_mask_BT, causal)
+        return self.attend(hidden_BNC, keys_values, query_mask_BN, key_mask_BT, causal, position_embeddings)
 
     @abstractmethod
     def project(self, source_BTC: Tensor) -> KeysValues:
@@ -95,6 +99,7 @@ class Attention(nn.Module, ABC):
         query_mask_BN: Tensor | None,
         key_mask_BT: Tensor | None,
         causal: bool,
+        position_embeddings: Rotary | None,
     ) -> tuple[Tensor, ExpertRouting | None]:
         """As `forward`, to keys and values that are there already."""
 
@@ -119,10 +124,13 @@ class DenseAttention(Attention):
         query_mask_BN: Tensor | None,
         key_mask_BT: Tensor | None,
         causal: bool,
+        position_embeddings: Rotary | None,
     ) -> tuple[Tensor, None]:
         del query_mask_BN
         k_BHTD, v_BHTD = keys_values
         q_BHND = self._split_heads(self.q_proj(hidden_BNC))
+        if position_embeddings is not None:
+            q_BHND, k_BHTD = rotate(q_BHND, *position_embeddings), rotate(k_BHTD, *position_embeddings)
         queries, keys = q_BHND.shape[2], k_BHTD.shape[2]
         mask = None if key_mask_BT is None else key_mask_BT[:, None, None, :]
         causal = causal and queries > 1
@@ -155,6 +163,7 @@ class ExpertAttention(Attention):
         query_mask_BN: Tensor | None,
         key_mask_BT: Tensor | None,
         causal: bool,
+        position_embeddings: Rotary | None,
     ) -> tuple[Tensor, ExpertRouting]:
         return self.experts(
             hidden_BNC,
@@ -162,6 +171,7 @@ class ExpertAttention(Attention):
             key_padding_mask=None if key_mask_BT is None else ~key_mask_BT,
             causal=causal,
             keys_and_values=keys_values,
+            position_embeddings=position_embeddings,
         )
 
 

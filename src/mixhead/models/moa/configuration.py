@@ -11,6 +11,8 @@ from mixhead.errors import MixheadError
 # Whatever weights belong to: fixed once a configuration is made.
 ARCHITECTURE = ("hidden_size", "intermediate_size", "num_heads", "head_dim", "active_heads")
 
+POSITIONS = ("sinusoidal", "rotary")
+
 
 class MoAConfig(PreTrainedConfig):
     """What both models have in common: sizes, attention, dropout and the weights of the auxiliary losses.
@@ -147,14 +149,32 @@ class MoAEncoderConfig(MoAConfig):
 
     Attributes:
         num_hidden_layers: number of layers.
+        position_embedding_type: "sinusoidal", added to the embeddings as in the translation models, or "rotary",
+            turning queries and keys (arXiv 2104.09864). With the latter masks find their neighbours much sooner: short
+            trainings with sinusoids do not get past the frequencies of words.
+        rope_theta: of rotary positions, the period of the slowest pair is about 2 pi times this many tokens.
     """
 
     model_type = "moa_encoder"
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
 
     num_hidden_layers: int = 6
+    position_embedding_type: str = "sinusoidal"
+    rope_theta: float = 10000.0
     bos_token_id: int = 1
     eos_token_id: int = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.position_embedding_type not in POSITIONS:
+            raise MixheadError(
+                f"position_embedding_type={self.position_embedding_type!r} is unknown: choose one of "
+                f"{', '.join(POSITIONS)}."
+            )
+        if not self.rope_theta > 0:
+            raise MixheadError(f"rope_theta={self.rope_theta} must be a positive number.")
+        if self.position_embedding_type == "rotary" and self.head_dim % 2:
+            raise MixheadError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of channels.")
+        super().__post_init__(**kwargs)
 
     @classmethod
     def depths(cls) -> tuple[str, ...]:

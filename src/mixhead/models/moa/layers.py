@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mixhead.models.moa.attention import Attention, SelfCache, SourceCache, make_attention
+from mixhead.models.moa.attention import Attention, Rotary, SelfCache, SourceCache, make_attention
 from mixhead.models.moa.configuration import MoAConfig
 from mixhead.routing import ExpertRouting
 
@@ -57,6 +57,7 @@ class EncoderLayer(GradientCheckpointingLayer):
         self,
         hidden_BNC: Tensor,
         token_mask_BN: Tensor | None,
+        position_embeddings: Rotary | None = None,
     ) -> tuple[Tensor, list[ExpertRouting]]:
         """The next hidden states and the routing, where there is one."""
         attended_BNC, routing = self.self_attention(
@@ -64,6 +65,7 @@ class EncoderLayer(GradientCheckpointingLayer):
             hidden_BNC,
             query_mask_BN=token_mask_BN,
             key_mask_BT=token_mask_BN,
+            position_embeddings=position_embeddings,
         )
         hidden_BNC = self.self_attention_end(hidden_BNC, attended_BNC)
         hidden_BNC = self.feed_forward_end(hidden_BNC, self.feed_forward(hidden_BNC))
@@ -124,17 +126,19 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 class Embeddings(nn.Module):
-    """Token embeddings times sqrt(C), plus sinusoidal positions of any length."""
+    """Token embeddings times sqrt(C), plus sinusoidal positions of any length unless attention knows positions."""
 
-    def __init__(self, config: MoAConfig, tokens: nn.Embedding) -> None:
+    def __init__(self, config: MoAConfig, tokens: nn.Embedding, *, positions: bool = True) -> None:
         super().__init__()
         self.tokens = tokens
         self.dropout = config.dropout
+        self.positions = positions
 
     def forward(self, ids_BN: Tensor, first_position: int = 0) -> Tensor:
         hidden_BNC = self.tokens(ids_BN)
-        positions_NC = sinusoids(first_position, ids_BN.shape[1], hidden_BNC.shape[-1], hidden_BNC)
-        hidden_BNC = hidden_BNC * hidden_BNC.shape[-1] ** 0.5 + positions_NC
+        hidden_BNC = hidden_BNC * hidden_BNC.shape[-1] ** 0.5
+        if self.positions:
+            hidden_BNC = hidden_BNC + sinusoids(first_position, ids_BN.shape[1], hidden_BNC.shape[-1], hidden_BNC)
         return F.dropout(hidden_BNC, self.dropout, self.training)
 
 
@@ -144,3 +148,12 @@ def sinusoids(first: int, count: int, width: int, like: Tensor) -> Tensor:
     half = torch.arange(width // 2, device=like.device, dtype=torch.float32)
     angle_NX = place_N1 * torch.exp(half * (-math.log(10000.0) / max(width // 2 - 1, 1)))
     return torch.cat([angle_NX.sin(), angle_NX.cos()], 1).to(like.dtype)
+
+
+def rotary(count: int, head_dim: int, theta: float, like: Tensor) -> Rotary:
+    """Cosines and sines of the angles by which places turn pairs of channels (arXiv 2104.09864, eq. 15)."""
+    place_N1 = torch.arange(count, device=like.device, dtype=torch.float32).unsqueeze(1)
+    pair_X = torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32)
+    angle_1NX = (place_N1 * theta ** (-pair_X / head_dim)).unsqueeze(0)
+    angle_1ND = torch.cat([angle_1NX, angle_1NX], -1)
+    return angle_1ND.cos().to(like.dtype), angle_1ND.sin().to(like.dtype)

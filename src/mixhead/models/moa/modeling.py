@@ -15,8 +15,8 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from mixhead.errors import MixheadError
-from mixhead.models.moa.configuration import MoAConfig
-from mixhead.models.moa.layers import Embeddings, EncoderLayer
+from mixhead.models.moa.configuration import MoAConfig, MoAEncoderConfig
+from mixhead.models.moa.layers import Embeddings, EncoderLayer, rotary
 from mixhead.nn import MixtureOfAttentionHeads
 from mixhead.routing import ExpertRouting
 
@@ -78,7 +78,8 @@ class MoAEncoder(MoAPreTrainedModel):
 
     def __init__(self, config: MoAConfig, tokens: nn.Embedding) -> None:
         super().__init__(config)
-        self.embeddings = Embeddings(config, tokens)
+        self.rotary = isinstance(config, MoAEncoderConfig) and config.position_embedding_type == "rotary"
+        self.embeddings = Embeddings(config, tokens, positions=not self.rotary)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
@@ -102,9 +103,12 @@ class MoAEncoder(MoAPreTrainedModel):
         check_ids("input_ids", input_ids, self.config.vocab_size)
         mask_BN = None if attention_mask is None else attention_mask.bool()
         hidden_BNC, states, routings = self.embeddings(input_ids), [], []
+        positions = None
+        if self.rotary:
+            positions = rotary(input_ids.shape[1], self.config.head_dim, self.config.rope_theta, hidden_BNC)
         for layer in self.layers:
             states.append(hidden_BNC)
-            hidden_BNC, of_layer = layer(hidden_BNC, mask_BN)
+            hidden_BNC, of_layer = layer(hidden_BNC, mask_BN, positions)
             routings += of_layer
         kept = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return MoAOutput(hidden_BNC, (*states, hidden_BNC) if kept else None, tuple(routings))
