@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
 PIXEL_STEP = 1 / 127.5  # between two neighbouring values of 8 bits, where they cover [-1, 1]
 
 
@@ -23,7 +23,7 @@ class DiffusionLosses:
     """Means over a batch, float32 scalars.
 
     Attributes:
-        noise: squared error of what is predicted, the noise or the velocity.
+        noise: squared error of what is predicted.
         bound: variational bound, bits per value; it trains the variance. None where the model predicts none.
     """
 
@@ -44,7 +44,8 @@ class GaussianDiffusion:
         prediction_type: what the model predicts, under diffusers' names: "epsilon", the noise, as the published models
             do; or "v_prediction", the velocity sqrt(a) * noise - sqrt(1 - a) * image (Salimans & Ho, arXiv 2202.00512,
             appendix D), where a is the share of the image's variance that is left: short trainings learn coarse shapes
-            sooner from it, for the error of the noise hardly counts them.
+            sooner from it, for the error of the noise hardly counts them; or "sample", the image itself, which passes
+            through fewer channels than a patch with its noise has values.
     """
 
     def __init__(self, betas_T: Tensor, prediction_type: PredictionType = "epsilon") -> None:
@@ -77,10 +78,20 @@ class GaussianDiffusion:
         kept = _at(self.kept_T, t_B, image_BCYX)
         return kept.sqrt() * noise_BCYX - (1 - kept).sqrt() * image_BCYX
 
-    def noise_of(self, velocity_BCYX: Tensor, noised_BCYX: Tensor, t_B: Tensor) -> Tensor:
-        """The noise in a noised image, by its velocity."""
+    def target(self, image_BCYX: Tensor, noise_BCYX: Tensor, t_B: Tensor) -> Tensor:
+        """What the model shall predict."""
+        if self.prediction_type == "epsilon":
+            return noise_BCYX
+        return image_BCYX if self.prediction_type == "sample" else self.velocity(image_BCYX, noise_BCYX, t_B)
+
+    def noise_of(self, predicted_BCYX: Tensor, noised_BCYX: Tensor, t_B: Tensor) -> Tensor:
+        """The noise in a noised image, by what the model predicted."""
+        if self.prediction_type == "epsilon":
+            return predicted_BCYX
         kept = _at(self.kept_T, t_B, noised_BCYX)
-        return kept.sqrt() * velocity_BCYX + (1 - kept).sqrt() * noised_BCYX
+        if self.prediction_type == "sample":
+            return (noised_BCYX - kept.sqrt() * predicted_BCYX) / (1 - kept).sqrt()
+        return kept.sqrt() * predicted_BCYX + (1 - kept).sqrt() * noised_BCYX
 
     def step_back(self, image_BCYX: Tensor, noised_BCYX: Tensor, t_B: Tensor) -> Tensor:
         """Mean of the image before step t, given that after it and the clean one."""
@@ -99,19 +110,17 @@ class GaussianDiffusion:
         Args:
             image_BCYX: images in [-1, 1], or latents, float32.
             noise_BCYX: the noise that `add_noise` added to them.
-            output_BXYX: what the model made of the noised images: the noise or the velocity, and, where it has as many
-                channels again, the variance.
+            output_BXYX: what the model made of the noised images: the prediction, and, where it has as many channels
+                again, the variance.
             t_B: diffusion steps from 0, int64.
         """
         output, channels = output_BXYX.float(), image_BCYX.shape[1]
         predicted, share = output[:, :channels], output[:, channels:]
-        is_noise = self.prediction_type == "epsilon"
-        target = noise_BCYX if is_noise else self.velocity(image_BCYX, noise_BCYX, t_B)
-        error = (predicted - target).square().mean()
+        error = (predicted - self.target(image_BCYX, noise_BCYX, t_B)).square().mean()
         if share.shape[1] == 0:
             return DiffusionLosses(error, None)
         noised = self.add_noise(image_BCYX, noise_BCYX, t_B)
-        noise = predicted if is_noise else self.noise_of(predicted, noised, t_B)
+        noise = self.noise_of(predicted, noised, t_B)
         return DiffusionLosses(error, self.bound(image_BCYX, noised, noise, share, t_B).mean())
 
     def bound(

@@ -38,8 +38,8 @@ class TrainingSettings:
         max_grad_norm: to which gradients are clipped; infinity only measures them.
         ema_decay: of the running average of the weights, which sampling uses. The average begins faster, so that the
             first steps are forgotten.
-        prediction_type: what the model learns to predict, "epsilon" (the noise) or "v_prediction"; see
-            `GaussianDiffusion`.
+        prediction_type: what the model learns to predict, "epsilon" (the noise), "v_prediction" or "sample"
+            (the image); see `GaussianDiffusion`.
         class_dropout: share of the samples that lose their class, for guidance.
         balance_coefficient: weight of the balance loss.
         bf16: whether forward and backward run in bfloat16.

@@ -30,7 +30,7 @@ def ancestral_scheduler(*, clip_sample: bool = False, prediction_type: str = "ep
 
     Args:
         clip_sample: whether the predicted image is kept within [-1, 1]: for pixels, not for latents.
-        prediction_type: what the model predicts: "epsilon", the noise, or "v_prediction".
+        prediction_type: what the model predicts: "epsilon" (the noise), "v_prediction" or "sample" (the image).
     """
     return DDPMScheduler(
         num_train_timesteps=1000,
