@@ -1,6 +1,7 @@
 """The MoA encoder-decoder and the MoA encoder as models of transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +38,13 @@ DENSE = {**SIZES, "num_heads": 3, "active_heads": None}
 def seq2seq(**changes: object) -> MoATransformerForConditionalGeneration:
     torch.manual_seed(0)
     sizes = {**SIZES, "encoder_layers": 2, "decoder_layers": 2, **changes}
-    model = MoATransformerForConditionalGeneration(MoATransformerConfig(**sizes)).eval()
+    return with_choices(MoATransformerForConditionalGeneration(MoATransformerConfig(**sizes)).eval())
+
+
+def with_choices(model: Any) -> Any:
+    """Routers start at 0, where all tokens choose alike."""
     for module in model.modules():
-        if isinstance(module, ExpertAttention):  # Routers start at 0, where all tokens choose alike.
+        if isinstance(module, ExpertAttention):
             torch.nn.init.normal_(module.experts.router.gate_proj.weight)
     return model
 
@@ -173,11 +178,7 @@ def test_weights_keep_their_configuration() -> None:
 def rotary_encoder(**changes: object) -> MoAForMaskedLM:
     torch.manual_seed(0)
     config = MoAEncoderConfig(**{**SIZES, "num_hidden_layers": 2, "position_embedding_type": "rotary", **changes})
-    model = MoAForMaskedLM(config).eval()
-    for module in model.modules():
-        if isinstance(module, ExpertAttention):
-            torch.nn.init.normal_(module.experts.router.gate_proj.weight)
-    return model
+    return with_choices(MoAForMaskedLM(config).eval())
 
 
 @pytest.mark.parametrize("sizes", [SIZES, DENSE], ids=["moa", "dense"])

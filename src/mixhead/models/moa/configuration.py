@@ -93,6 +93,11 @@ class MoAConfig(PreTrainedConfig):
         """Whether the heads are attention experts; False for a dense Transformer."""
         return self.active_heads is not None
 
+    @property
+    def rotary(self) -> bool:
+        """Whether attention turns queries and keys by their positions; False where embeddings hold the positions."""
+        return False
+
     @classmethod
     def depths(cls) -> tuple[str, ...]:
         """Names of the fields that hold numbers of layers."""
@@ -172,9 +177,14 @@ class MoAEncoderConfig(MoAConfig):
             )
         if not self.rope_theta > 0:
             raise MixheadError(f"rope_theta={self.rope_theta} must be a positive number.")
-        if self.position_embedding_type == "rotary" and self.head_dim % 2:
+        if self.rotary and self.head_dim % 2:
             raise MixheadError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of channels.")
         super().__post_init__(**kwargs)
+
+    @property
+    def rotary(self) -> bool:
+        """Whether attention turns queries and keys by their positions; False where embeddings hold the positions."""
+        return self.position_embedding_type == "rotary"
 
     @classmethod
     def depths(cls) -> tuple[str, ...]:

@@ -128,16 +128,16 @@ class DecoderLayer(GradientCheckpointingLayer):
 class Embeddings(nn.Module):
     """Token embeddings times sqrt(C), plus sinusoidal positions of any length unless attention knows positions."""
 
-    def __init__(self, config: MoAConfig, tokens: nn.Embedding, *, positions: bool = True) -> None:
+    def __init__(self, config: MoAConfig, tokens: nn.Embedding) -> None:
         super().__init__()
         self.tokens = tokens
         self.dropout = config.dropout
-        self.positions = positions
+        self.sinusoidal = not config.rotary
 
     def forward(self, ids_BN: Tensor, first_position: int = 0) -> Tensor:
         hidden_BNC = self.tokens(ids_BN)
         hidden_BNC = hidden_BNC * hidden_BNC.shape[-1] ** 0.5
-        if self.positions:
+        if self.sinusoidal:
             hidden_BNC = hidden_BNC + sinusoids(first_position, ids_BN.shape[1], hidden_BNC.shape[-1], hidden_BNC)
         return F.dropout(hidden_BNC, self.dropout, self.training)
 

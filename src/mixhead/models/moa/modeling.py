@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from mixhead.errors import MixheadError
-from mixhead.models.moa.configuration import MoAConfig, MoAEncoderConfig
+from mixhead.models.moa.configuration import MoAConfig
 from mixhead.models.moa.layers import Embeddings, EncoderLayer, rotary
 from mixhead.nn import MixtureOfAttentionHeads
 from mixhead.routing import ExpertRouting
@@ -78,8 +78,7 @@ class MoAEncoder(MoAPreTrainedModel):
 
     def __init__(self, config: MoAConfig, tokens: nn.Embedding) -> None:
         super().__init__(config)
-        self.rotary = isinstance(config, MoAEncoderConfig) and config.position_embedding_type == "rotary"
-        self.embeddings = Embeddings(config, tokens, positions=not self.rotary)
+        self.embeddings = Embeddings(config, tokens)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
@@ -104,7 +103,7 @@ class MoAEncoder(MoAPreTrainedModel):
         mask_BN = None if attention_mask is None else attention_mask.bool()
         hidden_BNC, states, routings = self.embeddings(input_ids), [], []
         positions = None
-        if self.rotary:
+        if self.config.rotary:
             positions = rotary(input_ids.shape[1], self.config.head_dim, self.config.rope_theta, hidden_BNC)
         for layer in self.layers:
             states.append(hidden_BNC)
