@@ -60,6 +60,14 @@ def test_a_page_of_two_texts_and_a_recording_that_is_shown_again(model, texts, t
     assert "Text 2 (second)" in shown
 
 
+@pytest.mark.parametrize("name", ["kept", "kept.safetensors", "kept.json"])
+def test_a_recording_is_kept_under_its_name_with_or_without_a_suffix(name, model, tmp_path):
+    asked = ["inspect", model, "--prompt", "the state", "--tokens", "3", "--terminal", "--save", str(tmp_path / name)]
+    assert run(asked) == 0
+    assert sorted(path.name for path in tmp_path.glob("kept*")) == ["kept.json", "kept.safetensors"]
+    assert run(["inspect", str(tmp_path / name), "--terminal"]) == 0
+
+
 def test_the_figure_of_the_paper_is_one_command(model, texts, tmp_path):
     figure = tmp_path / "loads.svg"
     assert run(["inspect", model, *texts, "--plot", str(figure), "--by", "text"]) == 0

@@ -20,6 +20,7 @@ from mixhead.report.names import short_names
 from mixhead.report.plots import plot_load_by, plot_loads
 from mixhead.report.terminal import terminal_view
 from mixhead.routing import Recording
+from mixhead.routing.recording import recording_exists
 from mixhead.tasks.record import (
     picture_files,
     record_drawing,
@@ -107,7 +108,7 @@ class Recorded:
 def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
     """The recording of that name, or a new one of the model of that name."""
     given = [name for name in ("texts", "prompt", "images", "draw") if getattr(inputs, name) is not None]
-    if Path(f"{source.removesuffix('.safetensors').removesuffix('.json')}.safetensors").is_file():
+    if recording_exists(source):
         if given:
             raise MixheadError(f"{source} is a recording, which is shown as it is: leave out the texts or pictures.")
         return Recorded(Recording(source))

@@ -117,10 +117,13 @@ class RoutingLog(CallCounter):
         return self._loads.load()
 
     def save(self, path: str | Path) -> None:
-        """Writes PATH.safetensors and PATH.json, which `mixhead.Recording` opens without the model.
+        """Writes NAME.safetensors and NAME.json, which `mixhead.Recording` opens without the model.
+
+        Args:
+            path: NAME, with or without one of the two suffixes.
 
         Raises:
-            MixheadError: where the folder of PATH does not exist.
+            MixheadError: where the folder of NAME does not exist.
         """
         self._writer.save(path, self.about)
 

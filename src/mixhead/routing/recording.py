@@ -128,7 +128,7 @@ class RecordingWriter:
         """Writes all that was added so far as PATH.safetensors and PATH.json, whole or not at all.
 
         Args:
-            path: NAME of the recording, without a suffix; its folder must exist.
+            path: NAME of the recording, with or without a suffix; its folder must exist.
             about: what to remember of the model, anything that JSON can hold.
         """
         path = checked_path(path)
@@ -155,13 +155,23 @@ class RecordingWriter:
             names.replace(_with_suffix(path, ".json"))
 
 
+def recording_name(path: str | Path) -> Path:
+    """NAME of the recording NAME, NAME.safetensors or NAME.json."""
+    return Path(str(path).removesuffix(".safetensors").removesuffix(".json"))
+
+
+def recording_exists(path: str | Path) -> bool:
+    """Whether there is a recording of that name."""
+    return _with_suffix(recording_name(path), ".safetensors").is_file()
+
+
 def checked_path(path: str | Path) -> Path:
-    """The path of a recording that can be written.
+    """NAME of a recording that can be written, see `recording_name`.
 
     Raises:
         MixheadError: where its folder does not exist.
     """
-    path = Path(path)
+    path = recording_name(path)
     if not path.parent.is_dir():
         raise MixheadError(f"The folder {path.parent} of the recording does not exist: make it first.")
     return path
@@ -303,10 +313,7 @@ class Recording:
     """
 
     def __init__(self, path: str | Path) -> None:
-        text = str(path)
-        for suffix in (".safetensors", ".json"):
-            text = text.removesuffix(suffix)
-        self.path = Path(text)
+        self.path = recording_name(path)
         file = _with_suffix(self.path, ".safetensors")
         try:
             description = json.loads(_with_suffix(self.path, ".json").read_text("utf-8"))
