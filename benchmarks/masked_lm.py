@@ -17,18 +17,26 @@ from mixhead.models.moa import MoAEncoderConfig, MoAForMaskedLM
 from mixhead.tasks.moa_training import model_config
 from mixhead.tasks.recipes import Recipe
 
+# By so much the feed-forward layers of a Transformer are wider, to make up for the scores and routers of the experts.
+WIDER = 52
+
 
 class MaskedLM(Comparison):
     title, name, recipe = "Masked language modelling", "masked_lm", "moa-mlm"
-    # The feed-forward layers of one are wider than 512 to make up for the scores and routers of the experts.
     arms: ClassVar = {
         "moa-8": {},
-        "same-compute": {**DENSE, "num_heads": 4, "intermediate_size": 564},
+        "same-compute": {**DENSE, "num_heads": 4},
         "same-parameters": {**DENSE, "num_heads": 9},
         "moa-3": {"num_heads": 3},
         "moa-16": {"num_heads": 16},
         "moa-32": {"num_heads": 32},
     }
+
+    def model(self, arm: str, model: Row) -> Row:
+        model = super().model(arm, model)
+        if arm == "same-compute":
+            model["intermediate_size"] += WIDER
+        return model
 
     def count(self, arm: str, recipe: Recipe) -> Row:
         del arm

@@ -47,6 +47,10 @@ class Comparison(ABC):
     arms: ClassVar[dict[str, dict[str, Any]]]
     packages: Sequence[str] = ("torch", "transformers")
 
+    def model(self, arm: str, model: Row) -> Row:
+        """The `model` of an arm, from that of the recipe."""
+        return {**model, **self.arms[arm]}
+
     @abstractmethod
     def count(self, arm: str, recipe: Recipe) -> Row:
         """What does not depend on the training: `name` and `size_of` the model."""
@@ -73,7 +77,7 @@ class Comparison(ABC):
         if done.is_file():
             return
         recipe = read_recipe(self.recipe, [*overrides, f"seed={seed}"])
-        values = {**recipe.values, "model": {**recipe.values["model"], **self.arms[arm]}}
+        values = {**recipe.values, "model": self.model(arm, recipe.values["model"])}
         recipe = Recipe(recipe.name, recipe.task, values)
         result = train_recipe(recipe, folder, resume=(folder / "recipe.json").is_file())
         row = {

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mixhead.bench.memory import resident_mib
 from mixhead.errors import MixheadError
 from mixhead.ops import cpu, explain, head_attention, reference
 from mixhead.ops.cpu import compiling as builder
@@ -302,8 +303,6 @@ def test_eight_threads_may_call_at_once():
 
 @needs_kernel
 def test_memory_does_not_grow():
-    resource = pytest.importorskip("resource")
-
     def calls(count):
         for i in range(count):
             q, k, v, gates, selected = make(1 + i % 37, 1 + i % 53, batch=1, head_dim=8 + i % 9)
@@ -313,9 +312,9 @@ def test_memory_does_not_grow():
                 out.sum().backward()
 
     calls(500)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    calls(3000)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes
+    before = resident_mib()
+    calls(10_000)
+    assert resident_mib() - before < 8
 
 
 @needs_kernel

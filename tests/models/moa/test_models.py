@@ -153,6 +153,20 @@ def test_dense_and_expert_attention_are_told_apart() -> None:
     assert not MoATransformerConfig(**DENSE).routes
 
 
+def test_experts_may_begin_alike_without_changing_their_size() -> None:
+    """Correlated by 0.8, each spread as widely as independent ones."""
+    sizes = {**SIZES, "hidden_size": 96, "head_dim": 64}
+    for similarity in (0.0, 0.8):
+        torch.manual_seed(0)
+        model = MoAForMaskedLM(MoAEncoderConfig(**sizes, num_hidden_layers=1, expert_similarity=similarity))
+        [experts] = [module.experts for module in model.modules() if isinstance(module, ExpertAttention)]
+        for weights_EXY in (experts.q_experts, experts.o_experts):
+            flat_EX = weights_EXY.detach().flatten(1)
+            between_EE = torch.corrcoef(flat_EX)
+            assert (between_EE - between_EE.diag().diag())[0, 1:].mean() == pytest.approx(similarity, abs=0.05)
+            assert flat_EX.std() == pytest.approx((2 / (96 + 64)) ** 0.5, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -160,6 +174,7 @@ def test_dense_and_expert_attention_are_told_apart() -> None:
         ({"head_dim": 0}, "head_dim=0 must be a whole number"),
         ({"hidden_size": 25}, "must be even"),
         ({"dropout": 1.0}, "dropout=1.0"),
+        ({"expert_similarity": 1.0}, "expert_similarity=1.0"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(change: dict[str, object], sentence: str) -> None:

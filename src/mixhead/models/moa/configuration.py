@@ -29,6 +29,9 @@ class MoAConfig(PreTrainedConfig):
             (divided by the sum of the chosen ones).
         noisy: whether the router adds learned noise to its scores in training.
         sample_k: how many of the active_heads experts are drawn by their probability in training.
+        expert_similarity: correlation of the experts' first weights, below 1. Above 0, the keys and values that experts
+            share learn in one direction from the start; independent experts pull them in as many as there are experts,
+            which costs short trainings much (0, as in the published code, by default).
         dropout: after embeddings, attention and feed-forward layers.
         attention_dropout: of attention weights; any rate above 0 runs the stock kernel in training.
         activation_dropout: inside feed-forward layers.
@@ -54,6 +57,7 @@ class MoAConfig(PreTrainedConfig):
     normalisation: str = "softmax"
     noisy: bool = False
     sample_k: int = 0
+    expert_similarity: float = 0.0
     dropout: float = 0.2
     attention_dropout: float = 0.2
     activation_dropout: float = 0.1
@@ -76,7 +80,7 @@ class MoAConfig(PreTrainedConfig):
             )
         if self.hidden_size % 2:
             raise MixheadError(f"hidden_size={self.hidden_size} must be even: positions are pairs of sine and cosine.")
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
+        for name in ("dropout", "attention_dropout", "activation_dropout", "expert_similarity"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise MixheadError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
         super().__post_init__(**kwargs)

@@ -61,14 +61,24 @@ class MoAPreTrainedModel(PreTrainedModel):
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, MixtureOfAttentionHeads):
-            for experts_EXX in (module.q_experts, module.o_experts):
-                bound = (6.0 / sum(experts_EXX.shape[1:])) ** 0.5  # Xavier, of each expert
-                init.uniform_(experts_EXX, -bound, bound)
+            for experts_EXY in (module.q_experts, module.o_experts):
+                init_experts(experts_EXY, self.config.expert_similarity)
             if not getattr(module.kv_proj.weight, "_is_hf_initialized", False):
                 for proj_XC in module.kv_proj.weight.chunk(2):  # a view has no such mark
                     init.xavier_uniform_(proj_XC, gain=2**-0.5)
             for parameter in module.router.parameters():
                 init.zeros_(parameter)
+
+
+def init_experts(experts_EXY: Tensor, similarity: float) -> None:
+    """Xavier-uniform for each expert; what stands at the same place in two of them is correlated by `similarity`."""
+    if getattr(experts_EXY, "_is_hf_initialized", False):
+        return
+    bound = (6.0 / sum(experts_EXY.shape[1:])) ** 0.5
+    init.uniform_(experts_EXY, -bound, bound)
+    if similarity:
+        common_1XY = torch.empty_like(experts_EXY[:1]).uniform_(-bound, bound)
+        experts_EXY.mul_((1.0 - similarity) ** 0.5).add_(common_1XY, alpha=similarity**0.5)
 
 
 class MoAEncoder(MoAPreTrainedModel):
