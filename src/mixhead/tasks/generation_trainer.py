@@ -33,8 +33,9 @@ class TrainingSettings:
         steps: optimizer steps.
         batch_size: images of one process in one micro-batch.
         gradient_accumulation: micro-batches of one optimizer step.
-        learning_rate: of AdamW without weight decay; constant.
+        learning_rate: of AdamW without weight decay; constant between warm-up and cool-down.
         warmup: optimizer steps in which the learning rate rises to that.
+        cooldown: optimizer steps at the end in which it falls to 0; the published recipe has none.
         max_grad_norm: to which gradients are clipped; infinity only measures them.
         ema_decay: of the running average of the weights, which sampling uses. The average begins faster, so that the
             first steps are forgotten.
@@ -55,6 +56,7 @@ class TrainingSettings:
     gradient_accumulation: int = 1
     learning_rate: float = 1e-4
     warmup: int = 0
+    cooldown: int = 0
     max_grad_norm: float = math.inf
     ema_decay: float = 0.9999
     prediction_type: PredictionType = "epsilon"
@@ -69,9 +71,13 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "save_every": 1, "keep_checkpoints": 1}
-        for name, smallest in {**least, "warmup": 0, "seed": 0, "dataloader_workers": 0}.items():
+        for name, smallest in {**least, "warmup": 0, "cooldown": 0, "seed": 0, "dataloader_workers": 0}.items():
             if getattr(self, name) < smallest:
                 raise MixheadError(f"{name}={getattr(self, name)} must be at least {smallest}.")
+        if self.warmup + self.cooldown > self.steps:
+            raise MixheadError(
+                f"warmup={self.warmup} and cooldown={self.cooldown} together are longer than steps={self.steps}."
+            )
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise MixheadError(f"{name}={getattr(self, name)} must be a positive number.")
@@ -127,7 +133,8 @@ class DiffusionTrainer(RunMixin, Trainer):
             per_device_train_batch_size=settings.batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation,
             learning_rate=settings.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs={"num_decay_steps": settings.cooldown, "decay_type": "linear"},
             warmup_steps=settings.warmup,
             weight_decay=0.0,
             max_grad_norm=settings.max_grad_norm,
