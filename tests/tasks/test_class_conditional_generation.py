@@ -91,6 +91,12 @@ def test_training_writes_all_parts_of_the_loss(trained):
         assert float(row["learning_rate"]) == 1e-3
 
 
+@pytest.mark.parametrize(("cooldown", "rates"), [(2, [1e-3, 1e-3, 1e-3, 5e-4]), (100, [1e-3, 7.5e-4, 5e-4, 2.5e-4])])
+def test_the_learning_rate_falls_at_the_end(pictures, tmp_path, cooldown, rates):
+    generation.train(recipe(pictures, cooldown=cooldown), tmp_path / "run")
+    assert [float(row["learning_rate"]) for row in log_of(tmp_path / "run")] == pytest.approx(rates)
+
+
 def test_what_is_saved_are_the_averaged_weights(trained):
     saved = load_dit(trained / "model").state_dict()
     last = torch.load(trained / "checkpoint-4" / "optimizer.pt", weights_only=True)

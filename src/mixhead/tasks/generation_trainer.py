@@ -35,7 +35,8 @@ class TrainingSettings:
         gradient_accumulation: micro-batches of one optimizer step.
         learning_rate: of AdamW without weight decay; constant between warm-up and cool-down.
         warmup: optimizer steps in which the learning rate rises to that.
-        cooldown: optimizer steps at the end in which it falls to 0; the published recipe has none.
+        cooldown: optimizer steps at the end in which it falls to 0, at most those after the warm-up; the published
+            recipe has none.
         max_grad_norm: to which gradients are clipped; infinity only measures them.
         ema_decay: of the running average of the weights, which sampling uses. The average begins faster, so that the
             first steps are forgotten.
@@ -74,10 +75,6 @@ class TrainingSettings:
         for name, smallest in {**least, "warmup": 0, "cooldown": 0, "seed": 0, "dataloader_workers": 0}.items():
             if getattr(self, name) < smallest:
                 raise MixheadError(f"{name}={getattr(self, name)} must be at least {smallest}.")
-        if self.warmup + self.cooldown > self.steps:
-            raise MixheadError(
-                f"warmup={self.warmup} and cooldown={self.cooldown} together are longer than steps={self.steps}."
-            )
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise MixheadError(f"{name}={getattr(self, name)} must be a positive number.")
@@ -89,6 +86,11 @@ class TrainingSettings:
             raise MixheadError(f"prediction_type={self.prediction_type!r} is unknown: choose one of {known}.")
         if not 0 <= self.balance_coefficient < math.inf:
             raise MixheadError(f"balance_coefficient={self.balance_coefficient} must be a number of at least 0.")
+
+    @property
+    def falling_steps(self) -> int:
+        """The cool-down, in so far as a training of so many steps has room for it."""
+        return min(self.cooldown, max(self.steps - self.warmup, 0))
 
 
 class Denoiser(nn.Module):
@@ -134,7 +136,7 @@ class DiffusionTrainer(RunMixin, Trainer):
             gradient_accumulation_steps=settings.gradient_accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type="warmup_stable_decay",
-            lr_scheduler_kwargs={"num_decay_steps": settings.cooldown, "decay_type": "linear"},
+            lr_scheduler_kwargs={"num_decay_steps": settings.falling_steps, "decay_type": "linear"},
             warmup_steps=settings.warmup,
             weight_decay=0.0,
             max_grad_norm=settings.max_grad_norm,
