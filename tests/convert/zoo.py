@@ -203,6 +203,12 @@ ZOO: dict[str, Animal] = {
             **IMAGE, intermediate_size=48, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         ),
     ),
+    "deit": classifier(
+        t.DeiTForImageClassification,
+        lambda: t.DeiTConfig(
+            **IMAGE, intermediate_size=48, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        ),
+    ),
     "dinov2": classifier(t.Dinov2ForImageClassification, lambda: t.Dinov2Config(**IMAGE, mlp_ratio=2, num_labels=3)),
     "clip": Animal(
         maker(t.CLIPModel, clip_config),

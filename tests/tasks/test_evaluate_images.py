@@ -11,6 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import mixhead
 from mixhead.cli.app import run
+from mixhead.cli.classify import picture_name
 from mixhead.errors import MixheadError
 from mixhead.models.moh_vit import MoHTransNeXtConfig, MoHTransNeXtForImageClassification, image_processor
 from mixhead.report.vision import plot_heads, plot_load
@@ -98,6 +99,22 @@ def test_a_converted_vit_is_measured_and_shown(tmp_path: Path, images: FolderIma
     assert Image.open(tmp_path / "heads.png").width > 100
 
 
+def test_layers_that_do_not_route_use_all_their_heads(images: FolderImages):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 16}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, **LABELS))
+    mixhead.convert(model, mixhead.MoHConfig(active_heads=(4, 2)))
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    assert evaluate_images(model, processor, images).active_share == pytest.approx(0.75)
+    found = classify(model, processor, images.files[0], CLASSES)
+    assert (found.used, found.heads) == (6, 8)
+
+
+def test_pictures_of_files_with_the_same_name_stand_side_by_side():
+    files = [Path("a/0.jpg"), Path("b/0.jpg"), Path("b/0.png"), Path("b/1.png")]
+    names = [picture_name(file, files) for file in files]
+    assert names == ["a-0-jpg-heads.png", "b-0-jpg-heads.png", "b-0-png-heads.png", "1-heads.png"]
+
+
 def test_a_single_image(moh_vit: Path, images: FolderImages):
     model, processor, classes = load_classifier(moh_vit)
     found = classify(model, processor, images.files[3], classes)
@@ -143,6 +160,8 @@ def test_the_verbs(moh_vit: Path, images: FolderImages, tmp_path: Path, capfd: p
     assert "heads used: 5 of 6" in printed.out
     assert Image.open(tmp_path / "maps" / "0-heads.png").width > 100
     assert run(["evaluate-images", str(moh_vit), str(tmp_path / "nowhere")]) == 2
+    assert run(["classify", str(moh_vit), str(tmp_path)]) == 2
+    assert "is a folder" in " ".join(capfd.readouterr().err.split())
 
 
 def test_folders_that_hold_no_classifier(tmp_path: Path, moh_vit: Path):

@@ -89,7 +89,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
 
 
 def test_the_command_line_lists_copies_and_refuses(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(["recipes", "ls"]) == 0
     listed = capsys.readouterr().out
@@ -97,6 +97,9 @@ def test_the_command_line_lists_copies_and_refuses(
     assert run(["recipes", "cp", str(recipe), str(tmp_path / "copy.yaml")]) == 0
     assert (tmp_path / "copy.yaml").read_text() == recipe.read_text()
     assert run(["recipes", "cp", str(recipe), str(tmp_path / "copy.yaml")]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert run(["recipes", "cp", "moh-vit-fashion"]) == 0
+    assert (tmp_path / "moh-vit-fashion.yaml").is_file()
     assert run(["train", str(recipe)]) == 2
     assert "task 'nothing' cannot be trained" in " ".join(capsys.readouterr().err.split())
 

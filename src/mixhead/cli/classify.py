@@ -40,11 +40,18 @@ def classify(
         console.print(description(found))
         if overlay is not None:
             overlay.mkdir(parents=True, exist_ok=True)
-            picture = overlay / f"{file.stem}-heads.png"
+            picture = overlay / picture_name(file, images)
             plot_heads(found, picture, layer)
             console.print(f"  {picture}", markup=False, highlight=False)
     if refused:  # after all that could be read: one bad file among many shall not hide the others
         raise MixheadError(" ".join(str(error) for error in refused))
+
+
+def picture_name(file: Path, files: list[Path]) -> str:
+    """A name for the picture of a file, with its folder and suffix where another file has the same stem."""
+    alike = [other for other in files if other.stem == file.stem]
+    stem = file.stem if len(alike) == 1 else "-".join(file.parts).lstrip("/-").replace(".", "-")
+    return f"{stem}-heads.png"
 
 
 def description(found: Classification) -> str:
@@ -52,5 +59,6 @@ def description(found: Classification) -> str:
     labels = zip(found.labels, found.probabilities, strict=True)
     lines = [f"[bold]{escape(found.file)}[/bold]"]
     lines += [f"  {probability:7.2%}  {escape(label)}" for label, probability in labels]
-    lines += [f"  heads used: {found.used:.4g} of {found.heads} ({found.used / found.heads:.0%})"]
+    if found.heads:
+        lines += [f"  heads used: {found.used:.4g} of {found.heads} ({found.used / found.heads:.0%})"]
     return "\n".join(lines)

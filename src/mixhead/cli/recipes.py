@@ -28,7 +28,7 @@ def ls() -> None:
 @app.command("cp")
 def cp(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe, see `mixhead recipes ls`.")],
-    target: Annotated[Path, typer.Argument(help="File to write, or a folder for it.")],
+    target: Annotated[Path, typer.Argument(help="File to write, or a folder for it.")] = Path(),
 ) -> None:
     """Copies a recipe, to be changed and given to `mixhead train`."""
     source = recipe_file(recipe)

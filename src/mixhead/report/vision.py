@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, some
 from mixhead.report.comparison import pyplot
 from mixhead.tasks.classify import Classification, HeadMap
 from mixhead.tasks.evaluate_images import ImageEvaluation
@@ -37,7 +37,7 @@ def accuracy_table(result: ImageEvaluation, name: str) -> Table:
         "images per second, model alone": f"{result.images / result.model_seconds:,.0f}",
     }
     if result.unreadable:
-        rows["left out, unreadable"] = f"{len(result.unreadable)}: {', '.join(result.unreadable[:3])}"
+        rows["left out, unreadable"] = f"{len(result.unreadable)}: {some(list(result.unreadable), 3)}"
     for row in rows.items():
         table.add_row(*row)
     return table

@@ -16,7 +16,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from mixhead.errors import MixheadError
 from mixhead.routing import Routing, keep_routing
-from mixhead.tasks.evaluate_images import logits_of
+from mixhead.tasks.evaluate_images import heads_of, logits_of
 from mixhead.tasks.images import read_image
 
 
@@ -56,7 +56,7 @@ class Classification:
         file: the image.
         labels: names of the likeliest classes, the likeliest first.
         probabilities: theirs.
-        used: heads that a patch used, the mean over patches, added over the layers; all of them in a dense model.
+        used: heads that a patch used, the mean over patches, added over the layers; layers that do not route use all.
         heads: heads of all layers.
         maps: one for each layer that routes.
         pixels_CYX: the image as the model saw it.
@@ -111,7 +111,7 @@ def classify(
     maps = tuple(head_map(name, routing) for name, routing in log.layers)
     used = sum(float(routing.selected_BNH.sum(-1).float().mean()) for _, routing in log.layers)
     heads = sum(routing.selected_BNH.shape[-1] for _, routing in log.layers)
-    dense = 0 if maps else heads_of(model)
+    dense = max(0, heads_of(model) - heads)
     return Classification(
         file=str(file),
         labels=tuple(classes[number] for number in likeliest.indices.tolist()),
@@ -121,14 +121,6 @@ def classify(
         maps=maps,
         pixels_CYX=pixels_1CYX[0],
     )
-
-
-def heads_of(model: PreTrainedModel) -> int:
-    """The heads of all layers of a dense model."""
-    heads = model.config.num_attention_heads if hasattr(model.config, "num_attention_heads") else model.config.num_heads
-    if isinstance(heads, int):
-        return heads * model.config.num_hidden_layers
-    return sum(depth * number for depth, number in zip(model.config.depths, heads, strict=True))
 
 
 def head_map(layer: str, routing: Routing) -> HeadMap:

@@ -40,6 +40,7 @@ class ImageEvaluation:
         load: for each layer that routes, the share of the patches of a class that used each head: float32 [C, H], NaN
             for a class without images. The paper calls it density (arXiv 2410.11842, figure 3).
         competes: for each of these layers, which heads compete: bool [H]. The others are shared by all patches.
+        heads: of all layers, also of those that do not route.
         seconds: wall time of everything, reading included.
         model_seconds: wall time of the model alone.
         unreadable: what could not be read and was left out.
@@ -50,6 +51,7 @@ class ImageEvaluation:
     top5: int
     load: dict[str, Tensor]
     competes: dict[str, Tensor]
+    heads: int
     seconds: float
     model_seconds: float
     unreadable: tuple[str, ...] = field(default=())
@@ -71,12 +73,11 @@ class ImageEvaluation:
 
     @property
     def active_share(self) -> float:
-        """Share of all heads that an average patch used, over the layers that route; 1 where none does."""
-        if not self.load:
-            return 1.0
+        """Share of the heads of all layers that an average patch used; layers that do not route use all of theirs."""
         images_C = self.confusion_CL.sum(1)
-        used = sum(float(mean_load(load_CH, images_C).sum()) for load_CH in self.load.values())
-        return used / sum(load_CH.shape[1] for load_CH in self.load.values())
+        unused = sum(float((1.0 - mean_load(load_CH, images_C)).sum()) for load_CH in self.load.values())
+        routed = sum(load_CH.shape[1] for load_CH in self.load.values())
+        return 1.0 - unused / max(self.heads, routed, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -176,10 +177,20 @@ def evaluate_images(
         top5=top5,
         load=load.mean(images_C),
         competes=load.competes,
+        heads=heads_of(model),
         seconds=time.perf_counter() - start,
         model_seconds=model_seconds,
         unreadable=tuple(unreadable),
     )
+
+
+def heads_of(model: PreTrainedModel) -> int:
+    """The heads of all layers, whether they route or not; 0 where the configuration does not tell."""
+    config = model.config
+    heads = getattr(config, "num_attention_heads", getattr(config, "num_heads", 0))
+    if isinstance(heads, int):
+        return heads * getattr(config, "num_hidden_layers", 0)
+    return sum(depth * number for depth, number in zip(config.depths, heads, strict=True))
 
 
 def logits_of(model: PreTrainedModel, pixels_BCYX: Tensor, autocast: torch.dtype | None = None) -> Tensor:

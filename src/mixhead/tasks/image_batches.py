@@ -133,7 +133,7 @@ def refuse_unreadable(images: LabelledImages) -> None:
         except MixheadError as error:
             bad.append(str(error))
     if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        more = f" And {len(bad) - 5} more." if len(bad) > 5 else ""
         raise MixheadError(
             f"{len(bad)} of {total} images cannot be read: {' '.join(bad[:5])}{more} Mend or delete them, or leave "
             "such images out with unreadable=skip."

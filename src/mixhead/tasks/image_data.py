@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, some
 from mixhead.tasks.fetch import data_folder
 from mixhead.tasks.images import image_files, read_image
 
@@ -162,7 +162,7 @@ def renumbered(images: LabelledImages, classes: tuple[str, ...]) -> LabelledImag
         return images
     unknown = sorted(used_classes(images) - set(classes))
     if unknown:
-        raise MixheadError(f"Among the images beside {images.name(0)} {quoted(unknown)} unknown to the model.")
+        raise MixheadError(f"The {quoted(unknown)} unknown to the model, which knows {some(list(classes), 5)}.")
     places = np.array([classes.index(name) if name in classes else -1 for name in images.classes])
     return View(classes, places[images.labels], images, np.arange(len(images.labels)))
 

@@ -57,6 +57,8 @@ def read_image(source: Path | bytes, name: str | None = None) -> Image:
         raise
     except FileNotFoundError as error:
         raise MixheadError(f"The image {name} does not exist.") from error
+    except IsADirectoryError as error:
+        raise MixheadError(f"{name} is a folder: give image files.") from error
     except pillow_image.UnidentifiedImageError as error:
         raise MixheadError(f"The file {name} is no image that can be read, whatever its name says.") from error
     except pillow_image.DecompressionBombError as error:

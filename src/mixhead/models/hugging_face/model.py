@@ -205,10 +205,12 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
         mapping = getattr(auto_class, "_model_mapping", None)
         if mapping is None or base_config_class not in mapping:
             continue
-        model_class: Any = mapping[base_config_class]
+        found: Any = mapping[base_config_class]  # a class, or several of which the checkpoint names one (DeiT)
+        several = found if isinstance(found, (tuple, list)) else (found,)
         # Some architectures borrow the model class, and with it the configuration class, of another one.
-        if getattr(model_class, "config_class", None) is base_config_class:
-            auto_class.register(config_class, moh_model_class(model_class), exist_ok=True)
+        own = tuple(moh_model_class(cls) for cls in several if getattr(cls, "config_class", None) is base_config_class)
+        if own:
+            auto_class.register(config_class, own if len(own) > 1 else own[0], exist_ok=True)
 
 
 def register_with_transformers() -> None:
