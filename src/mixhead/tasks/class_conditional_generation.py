@@ -93,10 +93,12 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
     from mixhead.models.moh_dit import ancestral_scheduler
 
     settings = settings_from(GenerationSettings, recipe.values)
-    predicted = settings.training.prediction_type
-    scheduler = ancestral_scheduler(clip_sample=settings.data.vae is None, prediction_type=predicted)
     inputs = training_inputs(settings.data)
     config = model_config(settings.model, inputs)
+    predicted = settings.training.prediction_type
+    scheduler = ancestral_scheduler(
+        clip_sample=settings.data.vae is None, prediction_type=predicted, learn_sigma=config.learn_sigma
+    )
     set_seed(settings.training.seed)
     model = MoHDiT(config)
     trainer = DiffusionTrainer(model, GaussianDiffusion(scheduler.betas, predicted), inputs, settings.training, run)

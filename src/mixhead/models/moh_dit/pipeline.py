@@ -25,19 +25,22 @@ OnStep = Callable[[int, int], None]
 LEARNED = ("learned", "learned_range")
 
 
-def ancestral_scheduler(*, clip_sample: bool = False, prediction_type: str = "epsilon") -> DDPMScheduler:
+def ancestral_scheduler(
+    *, clip_sample: bool = False, prediction_type: str = "epsilon", learn_sigma: bool = True
+) -> DDPMScheduler:
     """The scheduler of the paper, sampled with 250 of its 1,000 steps; the model's own variance.
 
     Args:
         clip_sample: whether the predicted image is kept within [-1, 1]: for pixels, not for latents.
         prediction_type: what the model predicts: "epsilon" (the noise), "v_prediction" or "sample" (the image).
+        learn_sigma: whether the model predicts the variance; else it is the smallest possible.
     """
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_start=1e-4,
         beta_end=0.02,
         beta_schedule="linear",
-        variance_type="learned_range",
+        variance_type="learned_range" if learn_sigma else "fixed_small",
         clip_sample=clip_sample,
         prediction_type=prediction_type,
         timestep_spacing="linspace",
