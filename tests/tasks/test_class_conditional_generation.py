@@ -295,6 +295,19 @@ def test_images_depend_on_seed_and_number_alone(trained, sampler):
     assert at_once.dtype == torch.uint8
 
 
+def test_a_model_of_the_image_without_variance(pictures, tmp_path):
+    settings = recipe(pictures, prediction_type="sample").values
+    settings["model"]["learn_sigma"] = False
+    generation.train(Recipe("tiny", "class_conditional_generation", settings), tmp_path / "run")
+    assert {row["bound"] for row in log_of(tmp_path / "run")} == {""}
+    pipeline = load_pipeline(tmp_path / "run")
+    assert pipeline.transformer.config.out_channels == 1
+    for sampler in ("ddim", "dpm", "ancestral"):
+        config = SamplingConfig(steps=3, guidance=1.5, sampler=sampler)
+        [images] = sample_images(pipeline, [0, 1], config)
+        assert images.shape == (2, 1, SIDE, SIDE)
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mixhead.models.moa import MoATransformerConfig, MoATransformerForConditiona
 from mixhead.tasks import moa_training
 from mixhead.tasks.aligned_pages import SentencePair
 from mixhead.tasks.expert_use import expert_use
+from mixhead.tasks.masked_lm import load_masked_lm
 from mixhead.tasks.recipes import Recipe, read_recipe, settings_from, shipped_recipes
 from mixhead.tasks.sentence_pairs import write_pairs
 from mixhead.tasks.token_batches import PairBatches
@@ -187,10 +189,22 @@ def test_experts_are_told_which_words_they_serve(trained: Path) -> None:
 def test_a_vocabulary_of_another_model_is_refused(trained: Path) -> None:
     model, _ = load_translator(trained / "model")
     other = train_vocabulary([f"word{i} thing{i}" for i in range(400)], 500)
-    with pytest.raises(MixheadError, match="do not belong"):
-        check_vocabulary(other, model)
+    smaller = train_vocabulary(["one two"], 261)
+    for vocabulary in (other, smaller):
+        with pytest.raises(MixheadError, match="do not belong"):
+            check_vocabulary(vocabulary, model)
     with pytest.raises(MixheadError, match="belongs to another model"):
         model(torch.tensor([[model.config.vocab_size]]), decoder_input_ids=torch.tensor([[1]]))
+
+
+def test_weights_that_are_cut_off_are_refused(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "model", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(MixheadError, match=r"cannot be read \(SafetensorError"):
+        load_translator(tmp_path / "cut")
+    with pytest.raises(MixheadError, match="as a masked language model"):
+        load_masked_lm(trained / "model")
 
 
 def test_batches_hold_every_short_pair_once_a_round() -> None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, first_line
 from mixhead.models.moa import MoAEncoderConfig, MoAForMaskedLM
 from mixhead.models.moa.modeling import IGNORED
 from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer, model_config
@@ -181,8 +182,10 @@ def load_masked_lm(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedToken
         raise MixheadError(f"The vocabulary in {folder} has no mask, so its model cannot fill gaps.")
     try:
         model = AutoModelForMaskedLM.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise MixheadError(f"The model in {folder} cannot be read as a masked language model ({error}).") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise MixheadError(
+            f"The model in {folder} cannot be read as a masked language model ({first_line(error)})."
+        ) from error
     check_vocabulary(tokenizer, model)
     return model.eval(), tokenizer
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, first_line
 from mixhead.modes import autocast_to
 from mixhead.tasks.vocabulary import bytes_per_token, check_vocabulary, load_vocabulary
 
@@ -61,8 +62,10 @@ def load_translator(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
                 f"The model in {folder} ({config.model_type}) cannot translate: it is no encoder-decoder."
             )
         model = AutoModelForSeq2SeqLM.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise MixheadError(f"The model in {folder} cannot be read ({error}).") from error
+    except MixheadError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise MixheadError(f"The model in {folder} cannot be read ({first_line(error)}).") from error
     check_vocabulary(tokenizer, model)
     return model.eval(), tokenizer
 

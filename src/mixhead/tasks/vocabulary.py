@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mixhead.errors import MixheadError
+from mixhead.models.moa import MoAConfig
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>")  # in this order: ids 0 to 3
 SMALLEST = len(SPECIAL) + 256  # every byte is a token
@@ -65,7 +66,9 @@ def load_vocabulary(folder: str | Path) -> PreTrainedTokenizerBase:
         MixheadError: where there is none, or it lacks padding or an end token.
     """
     if not Path(folder).is_dir():
-        raise MixheadError(f"There is no folder {folder} with a vocabulary; `mixhead vocabulary` makes one.")
+        raise MixheadError(
+            f"There is no folder {folder}: give that of a trained model, or of a vocabulary (`mixhead vocabulary`)."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -78,7 +81,9 @@ def load_vocabulary(folder: str | Path) -> PreTrainedTokenizerBase:
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Raises where a tokenizer belongs to another model."""
     config = model.config
-    if len(tokenizer) > config.vocab_size:
+    # Models of others may have room for more tokens; those of mixhead are made for just their vocabulary.
+    exact = isinstance(config, MoAConfig)
+    if len(tokenizer) > config.vocab_size or (exact and len(tokenizer) < config.vocab_size):
         raise MixheadError(
             f"The vocabulary has {len(tokenizer)} tokens, but the model knows {config.vocab_size}: they do not belong "
             "together."
