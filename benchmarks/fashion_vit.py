@@ -86,17 +86,20 @@ def table(results: list[dict]) -> str:
 def verdicts(by_arm: dict[str, list[dict]]) -> str:
     """Whether the two figures are reached."""
     dense, most, half = ([r["top-1 (%)"] for r in by_arm[arm]] for arm in list(ARMS)[:3])
-    if min(len(dense), len(most), len(half)) < 2:
-        return ""
-    loss = statistics.fmean(dense) - statistics.fmean(most)
-    spread = statistics.stdev(dense)
-    halved = statistics.fmean(dense) - statistics.fmean(half)
-    return (
-        f"\n- 75% of the heads: {-loss:+.2f} points against dense; asked for: no worse than one standard deviation of "
-        f"dense, {spread:.2f}: {'reached' if loss <= spread else 'missed'}.\n"
-        f"- 50% of the heads: {-halved:+.2f} points; asked for: no worse than 0.5: "
-        f"{'reached' if halved <= 0.5 else 'missed'}.\n"
-    )
+    lines = ""
+    if min(len(dense), len(most)) > 1:
+        loss, spread = statistics.fmean(dense) - statistics.fmean(most), statistics.stdev(dense)
+        lines += (
+            f"\n- 75% of the heads: {-loss:+.2f} points against dense; asked for: no worse than one standard deviation "
+            f"of dense, {spread:.2f}: {'reached' if loss <= spread else 'missed'}.\n"
+        )
+    if dense and half:
+        loss = statistics.fmean(dense) - statistics.fmean(half)
+        lines += (
+            f"- 50% of the heads: {-loss:+.2f} points; asked for: no worse than 0.5: "
+            f"{'reached' if loss <= 0.5 else 'missed'}.\n"
+        )
+    return lines
 
 
 def rounded(number: str) -> float:
