@@ -48,6 +48,29 @@ def built_in_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixhead.ops.crossover.measured", lambda *arguments: None)
 
 
+@pytest.fixture(scope="module")
+def talking_llama() -> tuple[Any, Any]:
+    """A Llama with random weights that uses two of four heads, and its byte-level vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    import mixhead
+
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.train_from_iterator(["the state of the union is strong"] * 5, trainer)
+    torch.manual_seed(0)
+    sizes = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = mixhead.convert(LlamaForCausalLM(sizes).eval(), mixhead.MoHConfig(active=0.5, shared=0.25))
+    return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="</s>")
+
+
 @dataclass(frozen=True)
 class Golden:
     """One case computed by a published implementation. `tests/golden/README.md` says what each holds."""

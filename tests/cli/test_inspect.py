@@ -5,8 +5,6 @@ import re
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import mixhead
 from mixhead.cli.app import run
@@ -15,21 +13,9 @@ from mixhead.report.contents import read_contents
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, talking_llama):
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.train_from_iterator(["the state of the union is strong"] * 5, trainer)
-    torch.manual_seed(0)
-    sizes = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
-        eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    converted = mixhead.convert(LlamaForCausalLM(sizes).eval(), mixhead.MoHConfig(active=0.5, shared=0.25))
-    store.save(converted, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="</s>"), folder)
+    store.save(*talking_llama, folder)
     return str(folder)
 
 

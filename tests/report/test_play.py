@@ -3,31 +3,16 @@
 import re
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
-import mixhead
 from mixhead import MixheadError
 from mixhead.report.play import Player, serve, tokens_html
 from mixhead.tasks.streaming import Written, stream
 
 
 @pytest.fixture(scope="module")
-def player():
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.train_from_iterator(["the state of the union is strong"] * 5, trainer)
-    torch.manual_seed(0)
-    sizes = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
-        eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    model = mixhead.convert(LlamaForCausalLM(sizes).eval(), mixhead.MoHConfig(active=0.5, shared=0.25))
-    return Player.of(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="</s>"))
+def player(talking_llama):
+    return Player.of(*talking_llama)
 
 
 def test_every_token_comes_with_its_heads(player):

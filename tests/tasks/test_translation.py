@@ -166,7 +166,7 @@ def test_the_command_line(trained: Path, data: Path, tmp_path: Path, capsys: pyt
     assert (first, empty, end) == ("eins", "", "") and sorted(last.split()) == ["drei", "zwei"]
     assert run_cli(["evaluate-translation", model, "--data", str(data / "test.tsv"), "--beams", "1"]) == 0
     out = capsys.readouterr().out
-    assert "nrefs:1|case:mixed" in out and "chrf signature" in out and "compound split bleu" in out
+    assert "nrefs:1|case:mixed" in out and "chrF signature" in out and "compound-split BLEU" in out
     assert run_cli(["expert-words", model, "--data", str(data / "train.tsv"), "--top", "2"]) == 0
     assert "| decoder.layers.0.cross_attention | 0 |" in capsys.readouterr().out
     assert run_cli(["translate", str(tmp_path / "nowhere")]) == 2

@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, TextIO
 
@@ -77,8 +76,12 @@ def evaluate_translation_verb(
     with _warnings_on_standard_error():
         scores, seconds = evaluate_translation(network, tokenizer, pairs, config)
     table = Table("measure", "value", box=None)
-    for name, value in asdict(scores).items():
-        table.add_row(name.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else str(value))
+    table.add_row("sentences", f"{scores.sentences:,}")
+    table.add_row("sacreBLEU", f"{scores.bleu:.2f}")
+    table.add_row("chrF", f"{scores.chrf:.2f}")
+    table.add_row("compound-split BLEU", f"{scores.compound_split_bleu:.2f}")
+    table.add_row("sacreBLEU signature", scores.bleu_signature)
+    table.add_row("chrF signature", scores.chrf_signature)
     table.add_row("sentences per CPU second", f"{len(pairs) / seconds:.2f}")
     console.print(table)
 

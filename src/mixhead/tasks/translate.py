@@ -57,15 +57,12 @@ def load_translator(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     tokenizer = load_vocabulary(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        if not config.is_encoder_decoder:
-            raise MixheadError(
-                f"The model in {folder} ({config.model_type}) cannot translate: it is no encoder-decoder."
-            )
-        model = AutoModelForSeq2SeqLM.from_pretrained(str(folder), local_files_only=True)
-    except MixheadError:
-        raise
+        translates = config.is_encoder_decoder
+        model = AutoModelForSeq2SeqLM.from_pretrained(str(folder), local_files_only=True) if translates else None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MixheadError(f"The model in {folder} cannot be read ({first_line(error)}).") from error
+    if model is None:
+        raise MixheadError(f"The model in {folder} ({config.model_type}) cannot translate: it is no encoder-decoder.")
     check_vocabulary(tokenizer, model)
     return model.eval(), tokenizer
 

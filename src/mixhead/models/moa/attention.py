@@ -184,6 +184,7 @@ def make_attention(config: MoAConfig) -> Attention:
         config.num_heads,
         config.active_heads,
         config.head_dim,
+        num_key_value_heads=config.num_key_value_heads,
         normalisation=config.normalisation,
         noisy=config.noisy,
         sample_k=config.sample_k,

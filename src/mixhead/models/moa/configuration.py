@@ -9,7 +9,14 @@ from transformers import PreTrainedConfig
 from mixhead.errors import MixheadError
 
 # Whatever weights belong to: fixed once a configuration is made.
-ARCHITECTURE = ("hidden_size", "intermediate_size", "num_heads", "head_dim", "active_heads")
+ARCHITECTURE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "active_heads",
+)
 
 POSITIONS = ("sinusoidal", "rotary")
 
@@ -23,6 +30,8 @@ class MoAConfig(PreTrainedConfig):
         intermediate_size: width of the feed-forward layers.
         num_heads: E attention experts, which share one key and one value projection; with `active_heads=None` the
             heads of plain multi-head attention, each with its own.
+        num_key_value_heads: K, heads of every expert, each with a key and a value head that the experts share (1 in MoA,
+            more in JetMoE). An expert is K * head_dim wide. Plain multi-head attention does not read it.
         head_dim: D; num_heads * head_dim need not be hidden_size.
         active_heads: how many experts each token uses; None for a dense Transformer.
         normalisation: of the gates, "softmax" (the plain probabilities, as in the published code) or "renormalised"
@@ -52,6 +61,7 @@ class MoAConfig(PreTrainedConfig):
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_heads: int = 8
+    num_key_value_heads: int = 1
     head_dim: int = 128
     active_heads: int | None = 8
     normalisation: str = "softmax"
@@ -69,7 +79,7 @@ class MoAConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "head_dim", *self.depths()):
+        for name in ("vocab_size", *ARCHITECTURE[:-1], *self.depths()):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise MixheadError(f"{name}={value!r} must be a whole number of at least 1.")
