@@ -78,7 +78,10 @@ def words_table(words: dict[str, list[list[WordScore]]], load: dict[str, Tensor]
         words: by module, what `expert_words` returned.
         load: by module, the share of the tokens that used each expert, [H].
     """
-    lines = ["| module | expert | load | words (times as often as by chance: 2 to the pointwise mutual information) |", "|---|---:|---:|---|"]
+    lines = [
+        "| module | expert | load | words (times as often as by chance: 2 to the pointwise mutual information) |",
+        "|---|---:|---:|---|",
+    ]
     for module, experts in words.items():
         for expert, scores in enumerate(experts):
             listed = ", ".join(f"{_plain(score.word)} ({2**score.pmi:.1f})" for score in scores)

@@ -30,8 +30,8 @@ class MoAConfig(PreTrainedConfig):
         intermediate_size: width of the feed-forward layers.
         num_heads: E attention experts, which share one key and one value projection; with `active_heads=None` the
             heads of plain multi-head attention, each with its own.
-        num_key_value_heads: K, heads of every expert, each with a key and a value head that the experts share (1 in MoA,
-            more in JetMoE). An expert is K * head_dim wide. Plain multi-head attention does not read it.
+        num_key_value_heads: K, heads of every expert, each with a key and a value head that the experts share (1 in
+            MoA, 16 in JetMoE). An expert is K * head_dim wide. Plain multi-head attention does not read it.
         head_dim: D; num_heads * head_dim need not be hidden_size.
         active_heads: how many experts each token uses; None for a dense Transformer.
         normalisation: of the gates, "softmax" (the plain probabilities, as in the published code) or "renormalised"
