@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixhead
 from mixhead.ops.crossover import cpu_model
-from mixhead.tasks.evaluate import Accuracy, Perplexity, Row, Table, heads_of, perplexity
+from mixhead.tasks.comparison_table import Row, Table
+from mixhead.tasks.evaluate import Accuracy, Perplexity, heads_of, perplexity
 from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
 from mixhead.tasks.smollm2 import smollm2_folder
 from mixhead.tasks.text import text_source, token_windows

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, convert, store
 from mixhead.models.hugging_face import keep_routing
-from mixhead.tasks.evaluate import Row, Table, heads_of, perplexity
+from mixhead.tasks.comparison_table import Row, Table
+from mixhead.tasks.evaluate import heads_of, perplexity
 from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
 from mixhead.tasks.precision import autocast_dtype
 from mixhead.tasks.text import text_source, token_windows
