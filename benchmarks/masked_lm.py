@@ -18,7 +18,7 @@ from mixhead.tasks.moa_training import model_config
 from mixhead.tasks.recipes import Recipe
 
 # By so much the feed-forward layers of a Transformer are wider, to make up for the scores and routers of the experts.
-WIDER = 52
+WIDER = 36
 
 
 class MaskedLM(Comparison):

@@ -135,7 +135,9 @@ class Comparison(ABC):
 def name_of(sizes: MoAConfig, dense: str) -> str:
     """The kind of attention and its heads."""
     if sizes.routes:
-        return f"MoA, {sizes.active_heads} of {sizes.num_heads} experts of {sizes.head_dim}"
+        kv_heads = sizes.num_key_value_heads
+        width = f"{kv_heads} x {sizes.head_dim}" if kv_heads > 1 else str(sizes.head_dim)
+        return f"MoA, {sizes.active_heads} of {sizes.num_heads} experts of {width}"
     return f"{dense}, {sizes.num_heads} heads of {sizes.head_dim}"
 
 

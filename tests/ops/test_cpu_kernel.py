@@ -372,8 +372,16 @@ def test_a_second_derivative_is_refused():
     q.requires_grad_()
     out = head_attention(q, k, v, Routing(gates * selected, selected), impl="cpu")
     (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
+    with pytest.raises(NotImplementedError, match=r"no second derivative. Pass impl='reference'"):
         dq.sum().backward()
+
+
+def test_the_reference_has_the_second_derivative_that_others_lack():
+    q, k, v, gates, selected = make(5)
+    leaves = [x.double().requires_grad_() for x in (q, k, v, gates * selected)]
+    assert torch.autograd.gradgradcheck(
+        lambda q, k, v, g: head_attention(q, k, v, Routing(g, selected), impl="reference"), leaves, fast_mode=True
+    )
 
 
 @needs_kernel
@@ -454,13 +462,15 @@ def test_the_cache_is_used_again(fresh, made):
     assert sorted(f.suffix for f in (fresh / "kernels").iterdir()) == [".lock", ".sha256", ".so"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "without checksum"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "without checksum", "checksum of other bytes"])
 def test_a_damaged_cache_is_built_anew(fresh, made, damage):
     path = builder.library("plain")
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:4])
     elif damage == "changed":
         path.write_bytes(b"something")
+    elif damage == "checksum of other bytes":
+        path.with_suffix(".sha256").write_bytes(b"\x8e\xff" * 32)
     else:
         path.with_suffix(".sha256").unlink()
     assert builder.library("plain") == path

@@ -72,6 +72,21 @@ def test_what_is_not_selected_never_reaches_the_output(impl, kwargs, poison):
     assert dirty.equal(clean)
 
 
+@pytest.mark.parametrize("impl", ["auto", *engines("slots", "flex", "triton")])
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_not_selected_never_reaches_a_gradient(impl, causal):
+    q, k, v, routing = make_inputs(head_dim=32)
+    unused_BHN1 = ~routing.selected_BNH.transpose(1, 2).unsqueeze(-1)
+    gradients = []
+    for given in (q.masked_fill(unused_BHN1, 3.0), q.masked_fill(unused_BHN1, torch.nan)):
+        leaves = [x.clone().requires_grad_() for x in (given, k, v, routing.gates_BNH)]
+        out = head_attention(*leaves[:3], Routing(leaves[3], routing.selected_BNH), causal=causal, impl=impl)
+        gradients.append(torch.autograd.grad(out.square().sum(), leaves))
+    for clean, dirty in zip(*gradients, strict=True):
+        assert dirty.isfinite().all()
+        torch.testing.assert_close(dirty, clean)
+
+
 @pytest.mark.parametrize("impl", EVERY)
 def test_nan_where_nobody_selects_anything(impl):
     q, k, v, _ = make_inputs()
@@ -191,6 +206,69 @@ def test_dtypes_that_do_not_fit_are_named():
         head_attention(q, k, v, routing, attn_mask=torch.ones(2, 1, 1, 6, dtype=torch.long))
     with pytest.raises(MixheadError, match=r"routing.selected_BNH must be torch.bool, got torch.int64"):
         head_attention(q, k, v, Routing(routing.gates_BNH, routing.selected_BNH.long()))
+    with pytest.raises(MixheadError, match=r"must be floating point, got torch.int64"):
+        head_attention(q.long(), k.long(), v.long(), routing)
+
+
+@pytest.mark.parametrize("name", ["k_BKTD", "v_BKTD", "routing.gates_BNH", "routing.selected_BNH", "attn_mask"])
+def test_devices_that_do_not_fit_are_named(name):
+    q, k, v, routing = make_inputs(head_dim=64)
+    given = {"k_BKTD": k, "v_BKTD": v, "routing.gates_BNH": routing.gates_BNH}
+    given |= {"routing.selected_BNH": routing.selected_BNH, "attn_mask": torch.ones(6, 6, dtype=torch.bool)}
+    given[name] = given[name].to("meta")
+    k, v, gates, selected, mask = given.values()
+    with pytest.raises(MixheadError, match=f"{name} is on meta, but q_BHND is on cpu"):
+        head_attention(q, k, v, Routing(gates, selected), attn_mask=mask if name == "attn_mask" else None)
+
+
+def test_shapes_alone_can_be_asked_for():
+    q, k, v, routing = make_inputs(head_dim=64)
+    q, k, v, gates, selected = (x.to("meta") for x in (q, k, v, routing.gates_BNH, routing.selected_BNH))
+    assert head_attention(q, k, v, Routing(gates, selected)).shape == q.shape
+
+
+@pytest.mark.parametrize("routing", [None, torch.ones(2, 6, 4)])
+def test_what_is_no_routing_is_refused(routing):
+    q, k, v, _ = make_inputs(head_dim=64)
+    with pytest.raises(MixheadError, match=r"routing must be a mixhead.Routing, got"):
+        head_attention(q, k, v, routing)
+
+
+# --- functions of functions -------------------------------------------------------------------------------------------
+
+
+def test_forward_mode_derivatives_are_those_of_the_formula():
+    """The C++ kernel has no tangents; had it run, they would be zero in silence."""
+    q, k, v, routing = make_inputs(head_dim=64)
+    given = (q, k, v, routing.gates_BNH)
+    tangents = tuple(torch.randn_like(x) for x in given)
+
+    def by(impl):
+        return lambda q, k, v, gates: head_attention(q, k, v, Routing(gates, routing.selected_BNH), impl=impl)
+
+    _, actual = torch.func.jvp(by("auto"), given, tangents)
+    _, expected = torch.func.jvp(by("reference"), given, tangents)
+    step = 1e-6
+    above, below = (
+        by("reference")(*(x.double() + way * step * t.double() for x, t in zip(given, tangents, strict=True)))
+        for way in (1, -1)
+    )
+    assert actual.abs().max() > 0.1
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual.double(), (above - below) / (2 * step), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_by_torch_func_alone_and_for_many():
+    q, k, v, routing = make_inputs(head_dim=64)
+
+    def loss(q):
+        return head_attention(q, k, v, routing).square().sum()
+
+    many = torch.stack([q, q + 1.0])
+    gradients = torch.func.vmap(torch.func.grad(loss))(many)
+    for one, gradient in zip(many, gradients, strict=True):
+        leaf = one.clone().requires_grad_()
+        torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf), leaf)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_implementation_is_answered_with_the_known_ones():

@@ -71,11 +71,17 @@ def engines_to_time() -> list[str]:
     return [MASKED, AUTO, *(name for name in IMPLEMENTATIONS if name not in NOT_TIMED)]
 
 
+def engine_name(text: str) -> str:
+    """The name of an engine, or a `MixheadError`."""
+    if text not in (SDPA, MASKED, AUTO, *IMPLEMENTATIONS):
+        known = ", ".join((MASKED, AUTO, *IMPLEMENTATIONS))
+        raise MixheadError(f"There is no engine {text!r}: choose from {known}.")
+    return text
+
+
 def check_engine(engine: str, q_BHND: Tensor) -> None:
     """Raises a `MixheadError` where an engine is unknown, or would silently hand over to another one."""
-    if engine not in (SDPA, MASKED, AUTO, *IMPLEMENTATIONS):
-        known = ", ".join((MASKED, AUTO, *IMPLEMENTATIONS))
-        raise MixheadError(f"There is no engine {engine!r}: choose from {known}.")
+    engine_name(engine)
     if engine == "cpu" and (reason := cpu.refusal(q_BHND, None)):
         raise MixheadError(f"{reason[:1].upper()}{reason[1:]}.")
 

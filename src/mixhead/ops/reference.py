@@ -25,6 +25,9 @@ def attend(
     attn_mask: Tensor | None,
 ) -> Tensor:
     """Each selected head's attention times its gate, [B, H, N, D]; zero where a head is not selected."""
+    selected_BHN1 = selected_BNH.transpose(1, 2).unsqueeze(-1)
+    # Rows that nobody reads are cleared, since the gradient of a NaN that is masked later is NaN all the same.
+    q_BHND = q_BHND.masked_fill(~selected_BHN1, 0.0)
     groups = q_BHND.shape[1] // k_BKTD.shape[1]
     k_BHTD = k_BKTD.repeat_interleave(groups, dim=1)
     v_BHTD = v_BKTD.repeat_interleave(groups, dim=1)
@@ -40,5 +43,4 @@ def attend(
     weights_BHNT = scores_BHNT.masked_fill(blind_BHN1, 0.0).softmax(-1).masked_fill(blind_BHN1, 0.0)
     out_BHND = weights_BHNT @ v_BHTD
     gates_BHN1 = gates_BNH.transpose(1, 2).unsqueeze(-1)
-    selected_BHN1 = selected_BNH.transpose(1, 2).unsqueeze(-1)
     return torch.where(selected_BHN1, out_BHND * gates_BHN1, 0.0)

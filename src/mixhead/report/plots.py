@@ -176,12 +176,17 @@ def number(text: str) -> float:
         return float("nan")
 
 
-def save(figure: Any, file: Path) -> None:
-    """Writes a figure whole or not at all."""
+def check_picture(file: Path) -> None:
+    """Raises a `MixheadError` where the name of a picture ends in what cannot be drawn."""
     if file.suffix.lower() not in ENDINGS:
         raise MixheadError(
             f"A picture is written as {', '.join(ENDINGS)}, and {file} ends in {file.suffix or 'nothing'}."
         )
+
+
+def save(figure: Any, file: Path) -> None:
+    """Writes a figure whole or not at all."""
+    check_picture(file)
     partial = file.with_name(f".{file.stem}.partial{file.suffix}")
     try:
         figure.savefig(partial, dpi=150)

@@ -11,6 +11,7 @@ from mixhead.bench.results import OK, WRONG, Results, Row
 from mixhead.bench.timing import Ratio
 from mixhead.errors import MixheadError
 from mixhead.report.comparison import pyplot
+from mixhead.report.plots import save
 
 SHORT = {"forward + backward": "fwd + bwd", "float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 
@@ -132,5 +133,4 @@ def plot_speed(results: Results, file: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(max(values), 1.0))
     axes.set_xlabel("times faster than dense attention on all heads (black: required)")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    save(figure, file)

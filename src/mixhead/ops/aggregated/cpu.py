@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mixhead.ops.aggregated.arguments import AggregatedArguments
-from mixhead.ops.cpu.compiling import available, best_level
+from mixhead.ops.cpu.compiling import best_level
+from mixhead.ops.cpu.usable import unusable
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Widest head that the kernel takes, by instruction set, as in the source.
@@ -62,8 +63,7 @@ def refusal(q_BHND: Tensor, k_BHTD: Tensor, window: int) -> str | None:
         return "there is nothing to compute"
     if q_BHND.shape[-1] > MAX_HEAD_DIM[best_level()] or window > MAX_WINDOW:
         return "the heads or the window are wider than the kernel takes"
-    built, reason = available()
-    return None if built else reason
+    return unusable()
 
 
 def empty_by_token(x_BHND: Tensor) -> Tensor:

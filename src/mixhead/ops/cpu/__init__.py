@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mixhead.ops.cpu.compiling import available, best_level, build, loaded_level
 from mixhead.ops.cpu.operators import attend
+from mixhead.ops.cpu.usable import transformed, unusable
 
-__all__ = ["attend", "available", "best_level", "build", "is_default", "pays", "refusal"]
+__all__ = ["attend", "available", "best_level", "build", "is_default", "pays", "refusal", "transformed"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -38,8 +39,7 @@ def refusal(q_BHND: Tensor, attn_mask: Tensor | None) -> str | None:
         return f"the kernel computes in float32 and bfloat16, not in {q_BHND.dtype}"
     if attn_mask is not None and attn_mask.requires_grad:
         return "the kernel has no gradient of the mask"
-    built, reason = available()
-    return None if built else reason
+    return unusable()
 
 
 def is_default(q_BHND: Tensor) -> bool:

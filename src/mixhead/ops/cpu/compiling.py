@@ -210,13 +210,13 @@ def compile_file(command: list[str], out: Path) -> None:
         raise BuildError(f"{command[0]} took longer than {TIMEOUT_S} seconds") from error
     if run.returncode != 0 or not out.exists():
         first_line = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr[:200])
-        raise BuildError(f"{command[0]} failed: {first_line}")
+        raise BuildError(f"{command[0]} failed: {first_line or 'it said nothing and wrote no file'}")
 
 
 def is_whole(path: Path) -> bool:
     """Whether the library is there and is what was compiled."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() == path.with_suffix(".sha256").read_text()
+        return hashlib.sha256(path.read_bytes()).hexdigest().encode() == path.with_suffix(".sha256").read_bytes()
     except OSError:
         return False
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixhead.ops.cpu.compiling import available
+from mixhead.ops.cpu.usable import unusable
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -31,8 +31,7 @@ def refusal(hidden_BNK: Tensor) -> str | None:
         return f"the kernel takes float32 and bfloat16, not {hidden_BNK.dtype}"
     if hidden_BNK.numel() == 0:
         return "there is nothing to compute"
-    built, reason = available()
-    return None if built else reason
+    return unusable()
 
 
 def glu(hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int]) -> Tensor:

@@ -102,7 +102,7 @@ def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | 
 
 def no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
     """Raises: the kernel has no formula for it."""
-    raise NotImplementedError("The CPU kernel has no second derivative. Pass impl='gathered' or impl='dense'.")
+    raise NotImplementedError("The CPU kernel has no second derivative. Pass impl='reference'.")
 
 
 torch.library.register_autograd("mixhead::attend_cpu", backward, setup_context=save_for_backward)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixhead.ops.cpu.compiling import available, best_level
+from mixhead.ops.cpu.compiling import best_level
+from mixhead.ops.cpu.usable import unusable
 
 torch.library.define(
     "mixhead::project_to_heads_cpu", "(Tensor hidden, Tensor weight, Tensor? bias, Tensor choice) -> Tensor"
@@ -46,8 +47,7 @@ def refusal(rows: Tensor) -> str | None:
         return "this CPU has no instructions for products in bfloat16"
     if rows.dtype not in (torch.float32, torch.bfloat16):
         return f"the kernel computes in float32 and bfloat16, not in {rows.dtype}"
-    built, reason = available()
-    return None if built else reason
+    return unusable()
 
 
 def pays(dtype: torch.dtype) -> bool:
@@ -148,7 +148,7 @@ def from_heads_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
     """Raises: the kernel has no formula for it."""
-    raise NotImplementedError("The CPU kernel has no second derivative. Pass impl='gathered' or impl='dense'.")
+    raise NotImplementedError("The CPU kernel has no second derivative. Pass impl='reference'.")
 
 
 for name, backward, save in (

@@ -206,7 +206,7 @@ def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor |
 
 def no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
     """Raises: the kernels have no formula for it."""
-    raise NotImplementedError("The Triton kernels have no second derivative. Pass impl='dense' or impl='slots'.")
+    raise NotImplementedError("The Triton kernels have no second derivative. Pass impl='reference'.")
 
 
 torch.library.register_autograd("mixhead::attend_triton", backward, setup_context=save_for_backward)

@@ -1,0 +1,26 @@
+"""Whether the kernels can run now: they are compiled and loaded, and nobody asks for what they have no formula for."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+from mixhead.ops.cpu.compiling import available
+
+
+def unusable() -> str | None:
+    """Why no kernel can run now, in a sentence; None where they can. May build them."""
+    if transformed():
+        return "the C++ kernels have no rules for torch.func and forward-mode derivatives"
+    built, reason = available()
+    return None if built else reason
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work.
+
+    Operators without rules of their own would not fail then: their tangents would be zero.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
