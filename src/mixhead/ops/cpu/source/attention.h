@@ -91,6 +91,7 @@ class Attention : public Problem<In> {
   using Problem<In>::mask, Problem<In>::rows, Problem<In>::stats;
 
   const Op *packed_k = nullptr, *packed_v = nullptr, *packed_kT = nullptr;
+  int64_t first_packed = 0;  // the key-value head that stands first in them
 
   // What packing one key-value head takes, in numbers.
   int64_t packed_size() const { return round_up(s.T, L::keys_in_run) * L::padded_dim(s.D); }
@@ -126,7 +127,7 @@ class Attention : public Problem<In> {
       const float *keys = k.at(bk / s.K, bk % s.K, 0), *values = v.at(bk / s.K, bk % s.K, 0);
       return {{keys, k.row, 1}, {values, v.row, 1}, {keys, 1, k.row}, {values, 1, v.row}};
     } else {
-      const int64_t dim = L::padded_dim(s.D), at = bk * packed_size();
+      const int64_t dim = L::padded_dim(s.D), at = (bk - first_packed) * packed_size();
       const Left<Op> keys{packed_k + at, dim, 1}, values{packed_v + at, dim, 1};
       if constexpr (L::pairs) {
         const int64_t run = L::keys_in_run;

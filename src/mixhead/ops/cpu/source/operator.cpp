@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstddef>
 #include <memory>
+#include <optional>
 
 #include "decode.h"
 #include "dot_forward.h"
@@ -137,6 +138,40 @@ void clear_unselected(const Shape& s, const Tensor& selected, const View<In>& ou
   });
 }
 
+// Some key-value heads as products want them; empty where they are read in place.
+template <class In, class Op>
+struct Packed {
+  using A = Attention<In, Op>;
+  std::unique_ptr<Op[]> keys, values, keysT;
+
+  Packed(const A& attention, int64_t heads) {
+    if constexpr (!A::L::in_place) {
+      const int64_t size = attention.packed_size() * heads;
+      keys.reset(new Op[size]);
+      values.reset(new Op[size]);
+      if (A::L::pairs) keysT.reset(new Op[size]);
+    }
+  }
+
+  // Packs a head into a place.
+  void pack(const A& attention, int64_t bk, int64_t place) {
+    if constexpr (!A::L::in_place) {
+      const int64_t at = place * attention.packed_size();
+      attention.pack_rows(attention.k, bk, keys.get() + at);
+      attention.pack_rows(attention.v, bk, values.get() + at);
+      if constexpr (A::L::pairs) attention.pack_columns(attention.k, bk, keysT.get() + at);
+    }
+  }
+
+  // Shows `attention` what was packed: heads from `first` on.
+  void lend_to(A& attention, int64_t first) const {
+    attention.packed_k = keys.get();
+    attention.packed_v = values.get();
+    attention.packed_kT = keysT.get();
+    attention.first_packed = first;
+  }
+};
+
 // The inputs of one call, as the kernel wants them.
 template <class In, class Op>
 struct Call {
@@ -145,7 +180,7 @@ struct Call {
   std::optional<Tensor> mask;
   RowLists rows;
   std::vector<BlockOfRows> blocks;
-  std::vector<std::unique_ptr<Op[]>> packed;
+  std::optional<Packed<In, Op>> packed;
   A attention;
 
   Call(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& gates_, const Tensor& selected_,
@@ -162,23 +197,16 @@ struct Call {
     attention.rows = &rows;
   }
 
-  // Packs what products cannot read in place.
+  // Packs all key-value heads, for threads that share them.
   void pack() {
+    const int64_t lists = attention.s.B * attention.s.K;
+    packed.emplace(attention, lists);
     if constexpr (!A::L::in_place) {
-      const int64_t size = attention.packed_size(), lists = attention.s.B * attention.s.K;
-      const auto room = [&] { return packed.emplace_back(new Op[size * lists]).get(); };
-      Op *keys = room(), *values = room(), *keysT = A::L::pairs ? room() : nullptr;
       at::parallel_for(0, lists, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t bk = begin; bk < end; ++bk) {
-          attention.pack_rows(attention.k, bk, keys + bk * size);
-          attention.pack_rows(attention.v, bk, values + bk * size);
-          if constexpr (A::L::pairs) attention.pack_columns(attention.k, bk, keysT + bk * size);
-        }
+        for (int64_t bk = begin; bk < end; ++bk) packed->pack(attention, bk, bk);
       });
-      attention.packed_k = keys;
-      attention.packed_v = values;
-      attention.packed_kT = keysT;
     }
+    packed->lend_to(attention, 0);
   }
 };
 
@@ -293,14 +321,12 @@ inline int64_t even_pieces(int64_t lists, int64_t threads) {
 template <class In, class Op>
 void run_backward(Call<In, Op>& call, const Tensor& grad_, const Tensor& out, const Tensor& stats, const Tensor& dq,
                   const Tensor& dk, const Tensor& dv, const Tensor& dgates) {
-  auto& attention = call.attention;
-  const Shape& s = attention.s;
+  const Shape& s = call.attention.s;
   const Tensor grad = unit_stride(grad_);
   const auto grad_view = view<const In>(grad), out_view = view<const In>(out);
   const auto dq_view = view<In>(dq), dk_view = view<In>(dk), dv_view = view<In>(dv);
   const auto dgates_view = view_of_gates<In>(dgates);
-  attention.stats = stats.data_ptr<float>();
-  call.pack();
+  call.attention.stats = stats.data_ptr<float>();
   clear_unselected(s, call.selected, dq_view);
 
   // A piece of work owns the key and value gradients of one key-value head. Where whole heads would leave threads idle, a
@@ -311,6 +337,7 @@ void run_backward(Call<In, Op>& call, const Tensor& grad_, const Tensor& out, co
   for (const BlockOfRows& block : call.blocks) ++first[block.bk + 1];
   for (int64_t bk = 0; bk < lists; ++bk) first[bk + 1] += first[bk];
   std::unique_ptr<float[]> partial(pieces > 1 ? new float[lists * pieces * 2 * size] : nullptr);
+  if (partial) call.pack();
 
   const auto finish = [&](int64_t bk, const float* dk_sum, const float* dv_sum) {
     for (int64_t t = 0; t < s.T; ++t) {
@@ -321,14 +348,20 @@ void run_backward(Call<In, Op>& call, const Tensor& grad_, const Tensor& out, co
   };
   share_work(lists * pieces, [&](std::atomic<int64_t>& next) {
     [[maybe_unused]] Units<Op> units;
+    auto attention = call.attention;  // a copy: a thread that owns its heads packs one at a time
     Arena arena(attention.backward_bytes());
     auto memory = attention.backward_memory(arena);
     std::unique_ptr<float[]> own(partial ? nullptr : new float[2 * size]);
+    Packed<In, Op> packed(attention, partial ? 0 : 1);
     for (int64_t i; (i = next.fetch_add(1)) < lists * pieces;) {
       const int64_t bk = i / pieces, piece = i % pieces;
       memory.dk = partial ? partial.get() + i * 2 * size : own.get();
       memory.dv = memory.dk + size;
       std::memset(memory.dk, 0, 2 * size * sizeof(float));
+      if (!partial) {
+        packed.pack(attention, bk, 0);
+        packed.lend_to(attention, bk);
+      }
       for (int64_t block = first[bk] + piece; block < first[bk + 1]; block += pieces) {
         attention.backward(memory, call.blocks[block], grad_view, out_view, dq_view, dgates_view);
       }
