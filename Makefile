@@ -47,7 +47,7 @@ demo: $(STAMP)  ## Convert a real language model, tune it, measure it, let it wr
 test: $(STAMP)  ## Check style, types and behaviour
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Triton stays out of .venv: it is large, and a resolver may replace the CPU build of PyTorch for it. The second
 # environment holds nothing else, and sees the packages of the first.

@@ -32,6 +32,11 @@ hypothesis.settings.register_profile("mixhead", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("mixhead")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's examples first: they take minutes, and at the end one process would wait for them."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Every test starts from the same random state, in whatever order the tests run."""
