@@ -85,6 +85,8 @@ def test_what_is_not_selected_never_reaches_a_gradient(impl, causal):
     for clean, dirty in zip(*gradients, strict=True):
         assert dirty.isfinite().all()
         torch.testing.assert_close(dirty, clean)
+    out = head_attention(given, k, v, Routing(leaves[3], routing.selected_BNH), causal=causal, impl=impl)
+    assert torch.autograd.grad(out.sum(), leaves[3])[0].isfinite().all()  # of the gates alone
 
 
 @pytest.mark.parametrize("impl", EVERY)

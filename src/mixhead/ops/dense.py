@@ -22,7 +22,9 @@ def attend(
 ) -> Tensor:
     """`F.scaled_dot_product_attention` of every head, then gated; same result as the reference, no N x T tensor."""
     selected_BHN1 = selected_BNH.transpose(1, 2).unsqueeze(-1)
-    if q_BHND.requires_grad or k_BKTD.requires_grad or v_BKTD.requires_grad:
+    tensors = (q_BHND, k_BKTD, v_BKTD, gates_BNH)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if differentiable:
         # Rows that nobody reads are cleared: the gradient of a NaN that is masked later is NaN all the same.
         q_BHND = q_BHND.masked_fill(~selected_BHN1, 0.0)
     num_queries, num_keys = q_BHND.shape[2], k_BKTD.shape[2]
@@ -39,7 +41,7 @@ def attend(
         enable_gqa=q_BHND.shape[1] != k_BKTD.shape[1],
     )
     gates_BHN1 = gates_BNH.transpose(1, 2).unsqueeze(-1)
-    if out_BHND.requires_grad or gates_BNH.requires_grad:
+    if differentiable:
         return torch.where(selected_BHN1, out_BHND * gates_BHN1, 0.0)
     # In place: without a gradient two copies less.
     return out_BHND.mul_(gates_BHN1).masked_fill_(~selected_BHN1, 0.0)
