@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mixhead.bench.memory import resident_mib
 from mixhead.errors import MixheadError
@@ -364,6 +365,32 @@ def test_torch_compile_without_graph_breaks(impl, queries):
     torch.testing.assert_close(actual, expected)
     for a, e in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("impl", ["dense", "slots", "reference", pytest.param("cpu", marks=needs_kernel)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph_for_every_length(impl, causal, training):
+    """All sizes are symbols: none may become a flag of the stock kernel, and none may be compiled for alone."""
+
+    def layer(q, k, v, gates, selected):
+        routing = Routing(gates * selected, selected, heads_per_group=1, num_groups=2)
+        return head_attention(q, k, v, routing, causal=causal, impl=impl)
+
+    torch.compiler.reset()  # One function for all engines: each would count as a change of the last.
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=graphs, dynamic=True)
+    for queries in (70, 300, 9):
+        q, k, v, gates, _ = make(queries, kv_heads=2)
+        selected = (torch.arange(4) % 2 == 0).expand(2, queries, 4)
+        leaves = [t.requires_grad_(training) for t in (q, k, v, gates)]
+        expected, actual = layer(*leaves, selected), compiled(*leaves, selected)
+        torch.testing.assert_close(actual, expected)
+        if training:
+            gradients = zip(*(torch.autograd.grad(y.sum(), leaves) for y in (actual, expected)), strict=True)
+            for a, e in gradients:
+                torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+    assert graphs.frame_count == 1
 
 
 @needs_kernel

@@ -9,10 +9,10 @@ no N x T tensor exists (the gradient keeps the masks of all blocks, which togeth
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixhead.ops.rows import selected_first
+from mixhead.ops.stock import stock_attention
 
 QUERIES_PER_BLOCK = 256
 
@@ -41,7 +41,7 @@ def attend(
             gathered_BHMD, k_BKTD, v_BKTD, position_BHM, q_BHND.shape[2], causal, scale, attn_mask
         )
     else:
-        out_BHMD = stock_attention(gathered_BHMD, k_BKTD, v_BKTD, scale, None)
+        out_BHMD = stock_attention(gathered_BHMD, k_BKTD, v_BKTD, causal=False, scale=scale, attn_mask=None)
     gate_BHM = gates_BNH.transpose(1, 2).gather(2, position_BHM)
     out_BHMD = torch.where(used_BHM1, out_BHMD * gate_BHM.unsqueeze(-1), 0.0)
     return torch.zeros_like(q_BHND, dtype=out_BHMD.dtype).scatter(2, index_BHMD, out_BHMD)
@@ -66,7 +66,8 @@ def attend_in_blocks(
         visible = int(position_BHX.max()) + 1 + num_keys - num_queries if causal else num_keys
         mask_BHXT = block_mask(position_BHX, num_queries, num_keys, max(visible, 1), causal, attn_mask)
         k_BKVD, v_BKVD = k_BKTD[:, :, : max(visible, 1)], v_BKTD[:, :, : max(visible, 1)]
-        blocks.append(stock_attention(gathered_BHMD[:, :, block], k_BKVD, v_BKVD, scale, mask_BHXT))
+        q_BHXD = gathered_BHMD[:, :, block]
+        blocks.append(stock_attention(q_BHXD, k_BKVD, v_BKVD, causal=False, scale=scale, attn_mask=mask_BHXT))
     return torch.cat(blocks, 2)
 
 
@@ -86,9 +87,3 @@ def block_mask(
     if rows_BHXV.dtype == torch.bool:
         return rows_BHXV & causal_BHXV
     return rows_BHXV.masked_fill(~causal_BHXV, -torch.inf)
-
-
-def stock_attention(q_BHMD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """`F.scaled_dot_product_attention` with grouped queries where there are fewer key-value heads."""
-    grouped = q_BHMD.shape[1] != k_BKTD.shape[1]
-    return F.scaled_dot_product_attention(q_BHMD, k_BKTD, v_BKTD, attn_mask=mask, scale=scale, enable_gqa=grouped)

@@ -11,11 +11,10 @@ dim.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mixhead.ops.masks import with_causal
 from mixhead.ops.rows import selected_first
+from mixhead.ops.stock import stock_attention
 
 
 def refusal(selected_BNH: Tensor, kv_heads: int, heads_per_group: int | None) -> str | None:
@@ -57,7 +56,7 @@ def attend(
     Without `heads_per_group` it is counted at the first token, for which a device waits for the host. `refusal` must be
     None: of a token that selects more heads than there are slots, some would be missing.
     """
-    kv_heads, num_queries, num_keys = k_BKTD.shape[1], q_BHND.shape[2], k_BKTD.shape[2]
+    kv_heads = k_BKTD.shape[1]
     selected_BKNG = by_group(selected_BNH, kv_heads)
     if heads_per_group is None:
         heads_per_group = int(selected_BKNG[0, 0, 0].sum())
@@ -69,18 +68,7 @@ def attend(
     packed_BJND = q_BKGND.gather(2, index_BKSND).flatten(1, 2)  # J = K * S query heads
     if attn_mask is not None and attn_mask.shape[1] > 1:
         attn_mask = mask_of_slots(attn_mask, head_BKNS)
-    is_causal = causal and attn_mask is None and num_queries == num_keys
-    if causal and not is_causal:
-        attn_mask = with_causal(attn_mask, num_queries, num_keys, q_BHND.device)
-    out_BJND = F.scaled_dot_product_attention(
-        packed_BJND,
-        k_BKTD,
-        v_BKTD,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=packed_BJND.shape[1] != kv_heads,
-    )
+    out_BJND = stock_attention(packed_BJND, k_BKTD, v_BKTD, causal=causal, scale=scale, attn_mask=attn_mask)
     gate_BKSN1 = by_group(gates_BNH, kv_heads).gather(-1, head_BKNS).transpose(2, 3).unsqueeze(-1)
     used_BKSN1 = selected_BKNG.gather(-1, head_BKNS).transpose(2, 3).unsqueeze(-1)
     out_BKSND = torch.where(used_BKSN1, out_BJND.unflatten(1, (kv_heads, -1)) * gate_BKSN1, 0.0)

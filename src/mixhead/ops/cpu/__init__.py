@@ -27,8 +27,9 @@ MIN_HEAD_DIM = 32
 MIN_QUERIES_COMPILED = {torch.float32: 512, torch.bfloat16: 1024}
 MAX_FEW_QUERIES_COMPILED = {torch.float32: 4, torch.bfloat16: 0}
 MIN_KEYS_COMPILED = 256
-# The instruction sets on which that holds. bf16 without its own instructions goes through float32.
-LEVELS = {torch.float32: ("amx", "avx512_bf16", "avx512"), torch.bfloat16: ("amx", "avx512_bf16")}
+# The instruction sets on which that holds. bf16 without its own instructions goes through float32, as in the
+# stock kernel.
+LEVELS = dict.fromkeys(DTYPES, ("amx", "avx512_bf16", "avx512", "avx2"))
 
 
 def refusal(q_BHND: Tensor, attn_mask: Tensor | None) -> str | None:
