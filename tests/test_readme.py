@@ -28,6 +28,9 @@ RUN = {"bash": ["bash", "-euo", "pipefail"], "python": [sys.executable]}
 SHOWN_ONLY = {"text", "mermaid", "yaml", "bibtex"}
 TIMEOUT_S = 900
 
+# Bars of transformers and lm-eval, which would run through those of our commands.
+FOREIGN_BARS = re.compile(r"Loading weights|Tokenizing inputs|Running loglikelihood|\d+%\|")
+
 
 class Block(NamedTuple):
     """A fenced block of a Markdown page."""
@@ -132,6 +135,8 @@ def test_block_runs(block, desk):
             f"--- block\n{script}--- end of its output\n{output[-4000:]}",
             pytrace=False,
         )
+    if block.language == "bash":
+        assert not FOREIGN_BARS.search(output)
 
 
 # The reading of the page, tested by itself.

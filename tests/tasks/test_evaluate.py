@@ -208,13 +208,22 @@ class TestTasks:
         assert not (tmp_path / "out").exists()
 
     def test_a_model_is_evaluated_in_memory(
-        self, tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+        self,
+        tmp_path: Path,
+        llama: LlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerFast,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         pytest.importorskip("lm_eval", reason="lm-eval is not installed")
         write_tasks(tmp_path, items=6)
         llama.train()
         state = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
-        scores = evaluate_tasks(llama, tokenizer, tmp_path, limit=4, batch_size=3)
+        progress: list[tuple[int, int]] = []
+        scores = evaluate_tasks(
+            llama, tokenizer, tmp_path, limit=4, batch_size=3, on_progress=lambda *counts: progress.append(counts)
+        )
+        assert progress[-1] == (20, 20) and len(progress) == 7  # an answer to each cloze and four to each choice
+        assert "loglikelihood" not in capsys.readouterr().err  # no bar of lm-eval runs through ours
         assert llama.training
         assert torch.equal(state[0], torch.get_rng_state())
         assert state[1:] == (random.getstate(), numpy.random.get_state()[1].tolist())

@@ -41,9 +41,9 @@ def evaluate(
             measured = perplexity(network, windows_WT, autocast=autocast, on_progress=on_progress)
         cloze = choice = None
         if tasks:
-            with tempfile.TemporaryDirectory() as folder, console.status(f"lm-eval tasks of {name}"):
+            with tempfile.TemporaryDirectory() as folder, progress_bar(f"Questions for {name}") as on_progress:
                 write_tasks(folder, text_source(text, "test"), items=tasks)
-                scores = evaluate_tasks(network, tokenizer, folder, autocast=autocast)
+                scores = evaluate_tasks(network, tokenizer, folder, autocast=autocast, on_progress=on_progress)
             cloze, choice = scores.cloze, scores.choice
         active, heads = heads_of(network)
         seconds = time.perf_counter() - start

@@ -164,9 +164,10 @@ class Demo:
         start = time.perf_counter()
         with self.bar(f"Perplexity: {name}") as on_progress:
             measured = perplexity(model, test_WT, autocast=autocast_dtype(), on_progress=on_progress)
-        with self.bar(f"Questions: {name}"):
-            write_tasks(self.out / "tasks", items=self.config.questions)
-            scores = evaluate_tasks(model, tokenizer, self.out / "tasks", autocast=autocast_dtype())
+        write_tasks(self.out / "tasks", items=self.config.questions)
+        with self.bar(f"Questions: {name}") as on_progress:
+            folder = self.out / "tasks"
+            scores = evaluate_tasks(model, tokenizer, folder, autocast=autocast_dtype(), on_progress=on_progress)
         active, heads = heads_of(model)
         seconds += time.perf_counter() - start
         return Row(name, active, heads, tokens, measured, scores.cloze, scores.choice, seconds, original)

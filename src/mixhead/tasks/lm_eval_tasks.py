@@ -116,6 +116,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     *,
     autocast: torch.dtype | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> TaskScores:
     """Runs both tasks on a model in memory with lm-eval (no network; random state and mode of the model put back).
 
@@ -126,6 +127,7 @@ def evaluate_tasks(
         limit: the first so many questions of each task; None asks all.
         batch_size: sequences in one forward pass; a choice takes four.
         autocast: a dtype such as torch.bfloat16 for the forward pass; None computes in the model's own.
+        on_progress: called with (answers scored, answers in all) after every batch.
 
     Raises:
         MixheadError: where lm-eval is not installed, the tasks are missing, or a number is too small.
@@ -136,13 +138,12 @@ def evaluate_tasks(
     _require_tasks(directory)
     _require_lm_eval()
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     start = time.perf_counter()
     with evaluation_mode(model), _random_state_kept():
         with _silenced("lm_eval.models.huggingface"):  # it warns of what `pretrained=model` cannot do, at each call
-            language_model = HFLM(
+            language_model = _language_model_class(on_progress)(
                 pretrained=model,
                 tokenizer=tokenizer,
                 backend="causal",
@@ -285,6 +286,28 @@ def _require_tasks(directory: Path) -> None:
 def _require_lm_eval() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise MixheadError(f"Cloze and choice accuracy need lm-eval, which is not installed; run `{_INSTALL}`.")
+
+
+def _language_model_class(on_progress: Callable[[int, int], None] | None) -> Any:
+    """lm-eval's model, which tells `on_progress` how far it is instead of drawing bars of its own."""
+    from lm_eval.models.huggingface import HFLM
+
+    class ReportingLM(HFLM):  # type: ignore[misc]
+        done = total = 0
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            del disable_tqdm
+            self.done, self.total = 0, len(requests)
+            return list(super().loglikelihood(requests, disable_tqdm=True))
+
+        def _model_call(self, inps: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+            logits: torch.Tensor = super()._model_call(inps, *arguments, **keywords)
+            self.done += inps.shape[0]
+            if on_progress is not None:
+                on_progress(self.done, self.total)
+            return logits
+
+    return ReportingLM
 
 
 @contextmanager
