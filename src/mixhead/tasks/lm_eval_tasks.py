@@ -292,7 +292,7 @@ def _language_model_class(on_progress: Callable[[int, int], None] | None) -> Any
     """lm-eval's model, which tells `on_progress` how far it is instead of drawing bars of its own."""
     from lm_eval.models.huggingface import HFLM
 
-    class ReportingLM(HFLM):  # type: ignore[misc]
+    class ReportingLM(HFLM):
         done = total = 0
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
