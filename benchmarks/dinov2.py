@@ -26,14 +26,14 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
 import mixhead
+from mixhead.data.labelled_images import View, open_images
+from mixhead.files import write_folder
+from mixhead.interop.dinov2 import VIT_S14, dinov2_small
 from mixhead.models.moh_vit import MoHTransNeXtConfig, image_processor
 from mixhead.ops.crossover import cpu_model
-from mixhead.tasks.checkpoints import write_folder
-from mixhead.tasks.dinov2 import VIT_S14, dinov2_small
-from mixhead.tasks.evaluate_images import batches, evaluate_images, load_classifier
-from mixhead.tasks.image_classification import train
-from mixhead.tasks.image_data import View, open_images
-from mixhead.tasks.recipes import Recipe
+from mixhead.tasks.image_classification.evaluate import batches, evaluate_images, load_classifier
+from mixhead.tasks.image_classification.train import train
+from mixhead.training.recipes import Recipe
 
 SIDE, PROBED, CALIBRATED, TUNED, TESTED = 98, 3_000, 768, 3_000, 4_000
 ARMS = {"dense": 6, "4 of 6 heads": 4, "3 of 6 heads": 3}

@@ -31,14 +31,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mixhead.data.noised_images import generation_images, pixel_inputs
 from mixhead.ops.crossover import cpu_model
-from mixhead.tasks.drawing import write_png
-from mixhead.tasks.features import ClassifierFeatures
-from mixhead.tasks.generation_data import generation_images, pixel_inputs
-from mixhead.tasks.generation_metrics import ImageStatistics, compare, statistics
-from mixhead.tasks.recipes import read_recipe
-from mixhead.tasks.sampling import SamplingConfig, class_names, grid, load_pipeline, sample_images
-from mixhead.tasks.training import train_recipe
+from mixhead.tasks.image_generation.drawing import write_png
+from mixhead.tasks.image_generation.features import ClassifierFeatures
+from mixhead.tasks.image_generation.metrics import ImageStatistics, compare, statistics
+from mixhead.tasks.image_generation.sampling import SamplingConfig, class_names, grid, load_pipeline, sample_images
+from mixhead.tasks.registry import train_recipe
+from mixhead.training.recipes import read_recipe
 
 RECIPE = "fashion-mnist-moh-dit"
 ARMS = {

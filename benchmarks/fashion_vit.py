@@ -22,8 +22,8 @@ import transformers
 
 from mixhead import __version__
 from mixhead.ops.crossover import cpu_model
-from mixhead.tasks.image_classification import train
-from mixhead.tasks.recipes import read_recipe
+from mixhead.tasks.image_classification.train import train
+from mixhead.training.recipes import read_recipe
 
 ARMS = {
     "transnext-fashion": "dense",

@@ -24,13 +24,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixhead
+from mixhead.data.text import text_source, token_windows
+from mixhead.interop.smollm2 import smollm2_folder
 from mixhead.ops.crossover import cpu_model
-from mixhead.tasks.comparison_table import Row, Table
-from mixhead.tasks.evaluate import Accuracy, Perplexity, heads_of, perplexity
-from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
-from mixhead.tasks.smollm2 import smollm2_folder
-from mixhead.tasks.text import text_source, token_windows
-from mixhead.tasks.tune import TuneConfig, tune
+from mixhead.tasks.language_modelling.comparison_table import Row, Table
+from mixhead.tasks.language_modelling.evaluate import Accuracy, Perplexity, heads_of, perplexity
+from mixhead.tasks.language_modelling.lm_eval_tasks import evaluate_tasks, write_tasks
+from mixhead.tasks.language_modelling.tune import TuneConfig, tune
 
 WINDOW = 512
 TEST_WINDOWS = 48

@@ -15,7 +15,7 @@ from moa_arms import DENSE, Comparison, Row, mean, name_of, size_cells, size_of
 
 from mixhead.models.moa import MoAEncoderConfig, MoAForMaskedLM
 from mixhead.tasks.moa_training import model_config
-from mixhead.tasks.recipes import Recipe
+from mixhead.training.recipes import Recipe
 
 # By so much the feed-forward layers of a Transformer are wider, to make up for the scores and routers of the experts.
 WIDER = 36

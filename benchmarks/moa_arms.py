@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from mixhead.bench.compute import forward_macs
+from mixhead.files import write_text
 from mixhead.models.moa import MoAConfig
 from mixhead.models.moa.modeling import MoAPreTrainedModel
 from mixhead.ops.crossover import cpu_model
-from mixhead.tasks.checkpoints import write_text
-from mixhead.tasks.compute import forward_macs
-from mixhead.tasks.recipes import Recipe, read_recipe
-from mixhead.tasks.training import train_recipe
+from mixhead.tasks.registry import train_recipe
+from mixhead.training.recipes import Recipe, read_recipe
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)

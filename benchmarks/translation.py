@@ -15,7 +15,7 @@ from moa_arms import DENSE, Comparison, Row, mean, name_of, size_cells, size_of
 
 from mixhead.models.moa import MoATransformerConfig, MoATransformerForConditionalGeneration
 from mixhead.tasks.moa_training import model_config
-from mixhead.tasks.recipes import Recipe
+from mixhead.training.recipes import Recipe
 
 LENGTH = 20  # tokens of source and target in the count of multiply-accumulates
 

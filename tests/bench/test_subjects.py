@@ -12,8 +12,8 @@ from mixhead.bench.routings import save_recording
 from mixhead.bench.subject import MASKED, SDPA, largest_error
 from mixhead.convert import MoHConfig
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import keep_routing
 from mixhead.ops import IMPLEMENTATIONS, dense
+from mixhead.recording import keep_routing
 
 SHAPE = Case(2, 63, True, heads=4, kv_heads=2, head_dim=8)
 CASES = {

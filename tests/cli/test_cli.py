@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mixhead.cli.app import run
+from mixhead.data.text import text_source
 from mixhead.models.hugging_face import MoHModelMixin
-from mixhead.tasks.text import text_source
 
 
 @pytest.fixture(scope="module")

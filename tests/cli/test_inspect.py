@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 import mixhead
+from mixhead import store
 from mixhead.cli.app import run
-from mixhead.convert import store
 from mixhead.report.contents import read_contents
 
 

@@ -8,7 +8,7 @@ from zoo import EVERY, PADDING, SIZES, TOKENS, WRITERS, ZOO, maker, sound, token
 import mixhead
 from mixhead import MoHConfig
 from mixhead.ops import IMPLEMENTATIONS, cpu
-from mixhead.routing.record import real_tokens
+from mixhead.recording.listen import real_tokens
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
 

@@ -9,7 +9,8 @@ from zoo import GQA, ZOO, answer, tokens
 
 import mixhead
 from mixhead import MoHConfig
-from mixhead.models.hugging_face import ExactLog, find_sites
+from mixhead.models.hugging_face import find_sites
+from mixhead.recording import ExactLog
 
 ROUTERS = ["linear", "query_norm", "two_stage"]
 

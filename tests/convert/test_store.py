@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from zoo import ZOO, answer, same_bits
 
 import mixhead
-from mixhead import MixheadError, MoHConfig
-from mixhead.convert import store
+from mixhead import MixheadError, MoHConfig, store
 
 
 def tokenizer():

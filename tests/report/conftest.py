@@ -1,6 +1,5 @@
-"""A real Chromium for the tests of pages, where there is one."""
+"""Pages in a real browser, and what is wrong with them."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -8,29 +7,6 @@ import pytest
 
 # pytest imports each test file on its own; `from recordings import …` needs the folder.
 sys.path.insert(0, str(Path(__file__).parent))
-
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """Debian's Chromium without a window. The tests skip where it, or Playwright, is missing."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="session")

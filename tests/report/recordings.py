@@ -2,7 +2,8 @@
 
 import torch
 
-from mixhead.routing import Call, Recording, RecordingWriter, Routing
+from mixhead.recording import Call, Recording, RecordingWriter
+from mixhead.routing import Routing
 
 HOSTILE = [
     "<script>document.title='taken'</script>", "</script><img src=x onerror=document.title='taken'>", "&amp;", '"\'',

@@ -10,6 +10,7 @@ from recordings import HOSTILE, picture_recording, text_recording
 from rich.console import Console
 
 from mixhead import MixheadError, Recording, record_routing
+from mixhead.data.token_text import readable
 from mixhead.report.contents import read_contents
 from mixhead.report.names import short_names
 from mixhead.report.parts_of_speech import parts_of_speech
@@ -18,7 +19,6 @@ from mixhead.report.statistics import Load
 from mixhead.report.terminal import load_map, terminal_view
 from mixhead.report.word_classes import word_class
 from mixhead.report.words import joined_words, word_numbers
-from mixhead.tasks.pieces import readable
 
 
 def test_loads_groups_and_texts(tmp_path):

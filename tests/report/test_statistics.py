@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mixhead.recording.file import Tokens
 from mixhead.report.statistics import (
     Load,
     agreement,
@@ -17,7 +18,6 @@ from mixhead.report.statistics import (
     position_bins,
     relative_entropy,
 )
-from mixhead.routing.recording import Tokens
 
 RNG = np.random.default_rng(0)
 

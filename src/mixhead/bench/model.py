@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from mixhead import store
 from mixhead.bench.cases import DECODE
 from mixhead.bench.routings import OWN, RANDOM, SKEWED, GivenRouting, fitted, load_recording, make_routing
 from mixhead.bench.subject import MASKED, SDPA, check_engine, largest_error, torch_dtype
-from mixhead.convert import MoHConfig, convert, revert, store
+from mixhead.convert import MoHConfig, convert, revert
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import MoHModelMixin, keep_routing
+from mixhead.models.hugging_face import MoHModelMixin
+from mixhead.recording import keep_routing
 from mixhead.routing import Routing
 
 PREFILL, TRAINING = "prefill", "forward + backward"

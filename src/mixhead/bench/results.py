@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from mixhead.bench.timing import Ratio
+from mixhead.files import write_text
 from mixhead.ops import cpu
 from mixhead.ops.crossover import cpu_model
-from mixhead.tasks.checkpoints import write_text
 
 OK, WRONG, SKIPPED = "ok", "wrong", "skipped"
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import ExactLog
+from mixhead.files import write_bytes
+from mixhead.recording import ExactLog
 from mixhead.routing import Router, Routing
-from mixhead.tasks.checkpoints import write_bytes
 
 RANDOM, SKEWED, OWN = "random", "skewed", "own"
 

@@ -12,18 +12,19 @@ from typing import Annotated, TypeVar
 import torch
 import typer
 
+from mixhead import store
 from mixhead.bench import cases, model, routings, runner
 from mixhead.bench.core import CoreSpec
 from mixhead.bench.module import ModuleSpec
 from mixhead.bench.results import Results, Row, met
 from mixhead.bench.subject import Spec, engine_name, engines_to_time
 from mixhead.cli.common import MODEL_HELP, SMOLLM2, TEXT_HELP, console, model_folder, progress_bar, windows_of
-from mixhead.convert import MoHConfig, store
+from mixhead.convert import MoHConfig
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import keep_routing
+from mixhead.files import write_text
+from mixhead.recording import keep_routing
 from mixhead.report.plots import check_picture
 from mixhead.report.speed import notes, plot_speed, speed_markdown, speed_table
-from mixhead.tasks.checkpoints import write_text
 
 app = typer.Typer(no_args_is_help=True)
 

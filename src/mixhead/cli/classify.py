@@ -11,9 +11,9 @@ from rich.markup import escape
 from mixhead.cli.common import console
 from mixhead.errors import MixheadError
 from mixhead.report.vision import plot_heads
-from mixhead.tasks.classify import Classification
-from mixhead.tasks.classify import classify as look_at
-from mixhead.tasks.evaluate_images import load_classifier
+from mixhead.tasks.image_classification.classify import Classification
+from mixhead.tasks.image_classification.classify import classify as look_at
+from mixhead.tasks.image_classification.evaluate import load_classifier
 
 
 def classify(

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mixhead.tasks.fetch import cache_folder
-from mixhead.tasks.smollm2 import smollm2_folder
-from mixhead.tasks.text import text_source, token_windows
+from mixhead.data.fetch import cache_folder
+from mixhead.data.text import text_source, token_windows
+from mixhead.interop.smollm2 import smollm2_folder
 
 # A file or a pipe has no width; 80 columns would break every table.
 console = Console(width=None if sys.stdout.isatty() else 120)

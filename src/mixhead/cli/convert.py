@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from mixhead import store
 from mixhead.cli.common import DTYPE_HELP, MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
 from mixhead.cli.convert_dit import CalibrationImages, convert_dit
-from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, store
+from mixhead.convert import CalibrationConfig, MoHConfig, calibrate
 from mixhead.convert import convert as convert_model
 from mixhead.errors import MixheadError
 from mixhead.interop import holds_dit, load_moh_llama, load_moh_vit

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixhead import store
 from mixhead.cli.common import console, progress_bar
-from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, noised_batches, store
+from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, noised_batches
 from mixhead.convert import convert as convert_model
+from mixhead.data.noised_images import generation_images
 from mixhead.errors import MixheadError
 from mixhead.models.moh_dit import MoHDiT
-from mixhead.tasks.dit_conversion import calibration_samples
-from mixhead.tasks.generation_data import generation_images
-from mixhead.tasks.sampling import load_pipeline
+from mixhead.tasks.image_generation.calibration_images import calibration_samples
+from mixhead.tasks.image_generation.sampling import load_pipeline
 
 PROBES = 8  # images that tell how sensitive a layer is: one has a single time step
 

@@ -11,7 +11,7 @@ from rich.markdown import Markdown
 
 from mixhead.cli.common import SMOLLM2, console, model_folder, progress_bar
 from mixhead.report import write_comparison
-from mixhead.tasks.demo import Demo, DemoConfig
+from mixhead.tasks.language_modelling.demo import Demo, DemoConfig
 
 DEFAULTS = DemoConfig()
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from mixhead import ops
 from mixhead.bench.tune import measure_crossover, summary
 from mixhead.cli.common import console, progress_bar
+from mixhead.data.fetch import cache_folder
 from mixhead.ops import cpu, crossover
 from mixhead.routing import Routing
-from mixhead.tasks.fetch import cache_folder
 
 REQUIRED = ("torch", "transformers", "safetensors", "accelerate")
 OPTIONAL = {

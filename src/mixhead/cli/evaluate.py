@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 from torch import Tensor
 
+from mixhead import store
 from mixhead.cli.common import DTYPE_HELP, MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
-from mixhead.convert import store
-from mixhead.tasks.comparison_table import Row, Table
-from mixhead.tasks.evaluate import heads_of, perplexity
-from mixhead.tasks.lm_eval_tasks import evaluate_tasks, write_tasks
+from mixhead.data.text import text_source
+from mixhead.tasks.language_modelling.comparison_table import Row, Table
+from mixhead.tasks.language_modelling.evaluate import heads_of, perplexity
+from mixhead.tasks.language_modelling.lm_eval_tasks import evaluate_tasks, write_tasks
 from mixhead.tasks.precision import autocast_dtype
-from mixhead.tasks.text import text_source
 
 
 def evaluate(

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from mixhead.cli.common import DTYPE_HELP, console, progress_bar
+from mixhead.data.labelled_images import open_images, renumbered
+from mixhead.files import write_text
 from mixhead.report.vision import accuracy_table, class_table, plot_confusion, plot_load, write_confusion
-from mixhead.tasks.checkpoints import write_text
-from mixhead.tasks.evaluate_images import evaluate_images as measure
-from mixhead.tasks.evaluate_images import load_classifier
-from mixhead.tasks.image_data import open_images, renumbered
+from mixhead.tasks.image_classification.evaluate import evaluate_images as measure
+from mixhead.tasks.image_classification.evaluate import load_classifier
 from mixhead.tasks.precision import autocast_dtype
 
 

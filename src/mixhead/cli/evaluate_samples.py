@@ -13,10 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 from mixhead.cli.common import console, progress_bar
-from mixhead.tasks.drawing import image_batches
-from mixhead.tasks.features import EFFICIENTNET, feature_extractor
-from mixhead.tasks.generation_data import generation_images, image_tensors
-from mixhead.tasks.generation_metrics import Quality, compare, statistics
+from mixhead.data.noised_images import generation_images, image_tensors
+from mixhead.tasks.image_generation.drawing import image_batches
+from mixhead.tasks.image_generation.features import EFFICIENTNET, feature_extractor
+from mixhead.tasks.image_generation.metrics import Quality, compare, statistics
 
 
 def evaluate_samples(

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from mixhead.cli.common import console
-from mixhead.tasks.fetch import SOURCES, data_folder
-from mixhead.tasks.fetch import fetch as fetch_data
+from mixhead.data.fetch import SOURCES, data_folder
+from mixhead.data.fetch import fetch as fetch_data
 
 WHAT = "; ".join(f"`{name}`: {source.what}" for name, source in SOURCES.items())
 

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from mixhead.cli.common import console
-from mixhead.tasks.masked_lm import fill_mask, load_masked_lm
+from mixhead.tasks.masked_lm.train import fill_mask, load_masked_lm
 
 
 def fill_mask_verb(

@@ -8,10 +8,11 @@ import torch
 import typer
 from transformers import TextStreamer
 
+from mixhead import store
 from mixhead.cli.common import MODEL_HELP, console, model_folder
-from mixhead.convert import store
-from mixhead.models.hugging_face import MoHModelMixin, record_routing
-from mixhead.tasks.text import read_text_file
+from mixhead.data.text import read_text_file
+from mixhead.models.hugging_face import MoHModelMixin
+from mixhead.recording import record_routing
 
 
 def generate(

@@ -11,17 +11,11 @@ from typing import Annotated
 import typer
 from transformers import AutoImageProcessor
 
+from mixhead import store
 from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console, model_folder
-from mixhead.convert import store
+from mixhead.data.text import text_source
 from mixhead.errors import MixheadError
-from mixhead.report.contents import Contents, read_contents
-from mixhead.report.html import write_html
-from mixhead.report.names import short_names
-from mixhead.report.plots import plot_load_by, plot_loads
-from mixhead.report.terminal import terminal_view
-from mixhead.routing import Recording
-from mixhead.routing.recording import recording_exists
-from mixhead.tasks.record import (
+from mixhead.inspect.record import (
     picture_files,
     record_drawing,
     record_pictures,
@@ -29,9 +23,15 @@ from mixhead.tasks.record import (
     record_translation,
     record_writing,
 )
-from mixhead.tasks.sampling import class_names, load_pipeline
-from mixhead.tasks.text import text_source
-from mixhead.tasks.translate import load_translator
+from mixhead.recording import Recording
+from mixhead.recording.file import recording_exists
+from mixhead.report.contents import Contents, read_contents
+from mixhead.report.html import write_html
+from mixhead.report.names import short_names
+from mixhead.report.plots import plot_load_by, plot_loads
+from mixhead.report.terminal import terminal_view
+from mixhead.tasks.image_generation.sampling import class_names, load_pipeline
+from mixhead.tasks.translation.translate import load_translator
 
 
 def inspect(

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from mixhead import store
 from mixhead.cli.common import MODEL_HELP, console, model_folder
-from mixhead.convert import store
-from mixhead.report.play import Player, import_gradio, serve
+from mixhead.inspect.play import Player, import_gradio, serve
 
 
 def play(

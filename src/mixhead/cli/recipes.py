@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mixhead.cli.common import console
 from mixhead.errors import MixheadError
-from mixhead.tasks.recipes import recipe_file, shipped_recipes, summary
+from mixhead.training.recipes import recipe_file, shipped_recipes, summary
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from mixhead.cli.common import console, progress_bar
-from mixhead.tasks.drawing import GRID, draw_folder, write_grid
-from mixhead.tasks.sampling import SamplingConfig, class_names, class_number, load_pipeline
+from mixhead.tasks.image_generation.drawing import GRID, draw_folder, write_grid
+from mixhead.tasks.image_generation.sampling import SamplingConfig, class_names, class_number, load_pipeline
 
 DEFAULTS = SamplingConfig()
 

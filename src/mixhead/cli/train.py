@@ -11,9 +11,9 @@ from rich.table import Table
 
 from mixhead.cli.common import console
 from mixhead.report.plots import plot_health
-from mixhead.tasks.recipes import read_recipe
-from mixhead.tasks.run import LOG
-from mixhead.tasks.training import train_recipe
+from mixhead.tasks.registry import train_recipe
+from mixhead.training.recipes import read_recipe
+from mixhead.training.run import LOG
 
 
 def train(

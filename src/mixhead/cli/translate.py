@@ -13,15 +13,15 @@ import typer
 from rich.table import Table
 
 from mixhead.cli.common import DTYPE_HELP, console
+from mixhead.data.aligned_pages import PARTS
+from mixhead.data.sentence_pairs import HELP, read_pairs, write_pairs
+from mixhead.data.vocabulary import lines_of, train_vocabulary
 from mixhead.errors import MixheadError
+from mixhead.inspect.expert_use import expert_use
 from mixhead.report.word_statistics import expert_words, words_table
-from mixhead.tasks.aligned_pages import PARTS
-from mixhead.tasks.expert_use import expert_use
 from mixhead.tasks.precision import autocast_dtype
-from mixhead.tasks.sentence_pairs import HELP, read_pairs, write_pairs
-from mixhead.tasks.translate import TranslateConfig, load_translator, translate_lines
-from mixhead.tasks.translation import evaluate_translation, spread
-from mixhead.tasks.vocabulary import lines_of, train_vocabulary
+from mixhead.tasks.translation.train import evaluate_translation, spread
+from mixhead.tasks.translation.translate import TranslateConfig, load_translator, translate_lines
 
 DEFAULTS = TranslateConfig()
 PAIRS_HELP = (

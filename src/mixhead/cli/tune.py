@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
+from mixhead import store
 from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console, model_folder, windows_of
-from mixhead.convert import store
 from mixhead.errors import MixheadError
 from mixhead.report.plots import plot_health
-from mixhead.tasks.tune import TuneConfig
-from mixhead.tasks.tune import tune as tune_model
+from mixhead.tasks.language_modelling.tune import TuneConfig
+from mixhead.tasks.language_modelling.tune import tune as tune_model
 
 DEFAULTS = TuneConfig()
 

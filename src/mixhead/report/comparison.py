@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.tasks.comparison_table import Table
+from mixhead.tasks.language_modelling.comparison_table import Table
 
 
 def write_comparison(folder: Path, table: Table, samples: dict[str, str], load_LH: Tensor, seconds: float) -> Path:

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mixhead.data.token_text import readable
 from mixhead.errors import MixheadError
+from mixhead.recording.file import Recording, Tokens
 from mixhead.report.parts_of_speech import parts_of_speech
 from mixhead.report.statistics import (
     Bools,
@@ -32,8 +34,6 @@ from mixhead.report.statistics import (
 from mixhead.report.word_classes import word_class
 from mixhead.report.word_statistics import expert_words
 from mixhead.report.words import joined_words, word_numbers
-from mixhead.routing.recording import Recording, Tokens
-from mixhead.tasks.pieces import readable
 
 PLACE_LABELS = ("token", "x", "y")
 MOST_GROUPS = 24

@@ -15,7 +15,7 @@ from mixhead.report.contents import Contents
 from mixhead.report.html import competing_heads
 from mixhead.report.names import short_names
 from mixhead.report.statistics import ALWAYS, BAND
-from mixhead.tasks.progress import read_rows
+from mixhead.training.progress import read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixhead.routing.recording import Tokens
+from mixhead.recording.file import Tokens
 
 Floats = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]

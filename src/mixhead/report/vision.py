@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mixhead.errors import MixheadError, some
 from mixhead.report.comparison import pyplot
-from mixhead.tasks.classify import Classification, HeadMap
-from mixhead.tasks.evaluate_images import ImageEvaluation
+from mixhead.tasks.image_classification.classify import Classification, HeadMap
+from mixhead.tasks.image_classification.evaluate import ImageEvaluation
 
 MOST_CLASSES = 20  # in a picture whose classes have names
 COLUMNS = 8  # maps of heads in a row

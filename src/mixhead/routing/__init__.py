@@ -2,8 +2,6 @@
 
 from mixhead.routing.experts import ExpertRouter, ExpertRouting, LossWeights
 from mixhead.routing.losses import balance_loss, cv_loss, switch_loss, z_loss
-from mixhead.routing.record import ExactLog, RoutingLog, keep_routing, record_routing
-from mixhead.routing.recording import Call, Recording, RecordingWriter
 from mixhead.routing.router import Router
 from mixhead.routing.routers import (
     BinaryRouter,
@@ -18,26 +16,19 @@ from mixhead.routing.value import Routing, mean_balance_loss
 
 __all__ = [
     "BinaryRouter",
-    "Call",
-    "ExactLog",
     "ExpertRouter",
     "ExpertRouting",
     "LinearRouter",
     "LossWeights",
     "OneStageRouter",
     "QueryNormRouter",
-    "Recording",
-    "RecordingWriter",
     "Router",
     "Routing",
-    "RoutingLog",
     "TwoStageRouter",
     "balance_loss",
     "cv_loss",
     "grouped_top_k_mask",
-    "keep_routing",
     "mean_balance_loss",
-    "record_routing",
     "soft_selection",
     "switch_loss",
     "top_k_mask",

@@ -1,1 +1,1 @@
-"""One file a task: its data, its training and its evaluation."""
+"""One room a task: its configuration, its training and its evaluation; none imports another."""

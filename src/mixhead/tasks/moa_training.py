@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
+from mixhead.data.token_batches import RunBatches
 from mixhead.errors import MixheadError
+from mixhead.files import write_folder
 from mixhead.models.moa import MoAConfig, MoAEncoderConfig, MoATransformerConfig
 from mixhead.models.moa.modeling import MoAPreTrainedModel, step_share
-from mixhead.tasks.checkpoints import checkpoints, write_folder
-from mixhead.tasks.token_batches import RunBatches
-from mixhead.tasks.training import CHECKPOINTING, HEALTH, RunMixin, training_arguments
+from mixhead.training.checkpoints import checkpoints
+from mixhead.training.health import HEALTH
+from mixhead.training.trainer import CHECKPOINTING, RunMixin, training_arguments
 
 BETAS, EPSILON = (0.9, 0.98), 1e-9  # of Adam, as published
 FIRST_LEARNING_RATE = 1e-7

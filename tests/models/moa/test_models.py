@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import mixhead  # noqa: F401  # makes the models known to transformers
+from mixhead.bench.compute import forward_macs
 from mixhead.errors import MixheadError
 from mixhead.models.moa import (
     NAMED,
@@ -19,7 +20,6 @@ from mixhead.models.moa import (
 from mixhead.models.moa.attention import DenseAttention, ExpertAttention
 from mixhead.models.moa.layers import rotary
 from mixhead.models.moa.modeling import IGNORED
-from mixhead.tasks.compute import forward_macs
 
 SIZES = {
     "vocab_size": 40,

@@ -11,25 +11,20 @@ from mixhead.models.hugging_face.model import (
 from mixhead.models.hugging_face.routers import LayerHeads, attach_router, attach_routers, detach_router
 from mixhead.models.hugging_face.sites import AttentionSite, find_sites
 from mixhead.models.hugging_face.trace import RoutingTrace
-from mixhead.routing import ExactLog, RoutingLog, keep_routing, record_routing
 
 __all__ = [
     "AttentionSite",
-    "ExactLog",
     "LayerHeads",
     "MoHModelMixin",
-    "RoutingLog",
     "RoutingTrace",
     "attach_router",
     "attach_routers",
     "attention_of",
     "detach_router",
     "find_sites",
-    "keep_routing",
     "moh_attention_forward",
     "moh_config_class",
     "moh_model_class",
-    "record_routing",
     "register_models",
     "register_with_transformers",
 ]

@@ -1,0 +1,185 @@
+"""Text for language models: the addresses that come with the package, or a file of one's own, cut into token windows.
+
+Shape legend of this file: W windows, T tokens in one window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mixhead.errors import MixheadError
+
+Split = Literal["train", "calibration", "validation", "test"]
+ADDRESSES = "addresses"
+_HELD_OUT: tuple[Split, ...] = ("test", "validation", "calibration")
+_BLOCK = 10  # neighbours in time of which one address goes to each held-out part
+
+
+@dataclass(frozen=True)
+class Address:
+    """One State of the Union address (public domain).
+
+    Attributes:
+        year: the year in which it was given.
+        president: who gave it.
+        text: its words as one paragraph.
+    """
+
+    year: int
+    president: str
+    text: str
+
+
+def addresses(split: Split) -> tuple[Address, ...]:
+    """The addresses of one part, oldest first; no address stands in two parts and every era stands in each.
+
+    Of each ten neighbours in time one goes to `test`, one to `validation`, one to `calibration` and the rest to
+    `train`, chosen by a hash of year and president: the parts never change.
+
+    Raises:
+        MixheadError: where there is no such part.
+    """
+    return _parts()[_checked_split(split)]
+
+
+def read_text_file(path: str | Path) -> str:
+    """Reads a UTF-8 text file (a byte order mark is dropped).
+
+    Raises:
+        MixheadError: where the file is missing, a folder, unreadable, empty, binary or not UTF-8.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise MixheadError(f"There is no text file {path}; check the name.") from None
+    except IsADirectoryError:
+        raise MixheadError(f"{path} is a folder; give a text file.") from None
+    except OSError as error:
+        raise MixheadError(f"The text file {path} cannot be read ({error.strerror}); check its permissions.") from None
+    if b"\x00" in data:
+        raise MixheadError(
+            f"{path} is a binary file (it holds a NUL byte at {data.index(0):,}); give a plain text file in UTF-8."
+        )
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MixheadError(
+            f"{path} is not UTF-8 text (byte {error.start:,} cannot be decoded); convert it first, "
+            f"for example with `iconv -f latin1 -t utf-8`."
+        ) from None
+    if not text.strip():
+        raise MixheadError(f"{path} is empty; give a file that holds text.")
+    return text
+
+
+def text_source(source: str | Path, split: Split = "train") -> list[str]:
+    """The documents behind a name on the command line.
+
+    Args:
+        source: "addresses" (the part named by `split`), "addresses:test" (the part named here), or the path of a text
+            file, which is one document and is taken whole: evaluate on another file than the one you tune on. A file
+            that is itself called "addresses" is reached as "./addresses".
+        split: the part of the addresses where `source` names none.
+
+    Raises:
+        MixheadError: where there is no such part, or the file is of no use.
+    """
+    name, colon, part = str(source).partition(":")
+    if name == ADDRESSES:
+        return [address.text for address in addresses(_checked_split(part) if colon else split)]
+    return [read_text_file(source)]
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    window: int,
+    limit: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Cuts texts into consecutive windows of tokens; the rest at the end that fills no window is dropped.
+
+    The texts are joined by the tokenizer's end-of-sequence token, where it has one; no other special tokens are added.
+
+    Args:
+        tokenizer: of the model.
+        texts: documents.
+        window: T, tokens in a window, at least 2.
+        limit: at most so many windows, spread evenly over all of the text (a prefix would show a single era); None
+            takes all of them.
+        on_progress: called with (documents done, all documents) while tokenizing.
+
+    Returns:
+        ids_WT, int64 [W, T] with W >= 1, in the order of the text.
+
+    Raises:
+        MixheadError: where the text is shorter than one window or a number is too small.
+    """
+    if window < 2:
+        raise MixheadError(f"window must be at least 2 tokens, one to read and one to predict, but it is {window}.")
+    if limit is not None and limit < 1:
+        raise MixheadError(f"limit must be at least 1 window, or None for all of them, but it is {limit}.")
+    stream = _token_stream(tokenizer, texts, on_progress)
+    count = stream.numel() // window
+    if count == 0:
+        raise MixheadError(
+            f"The text has {stream.numel():,} tokens, fewer than one window of {window:,}; "
+            f"give a longer text or a smaller window."
+        )
+    ids_WT = stream[: count * window].view(count, window)
+    if limit is None or limit >= count:
+        return ids_WT
+    return ids_WT[torch.arange(limit) * count // limit]
+
+
+def _token_stream(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], on_progress: Callable[[int, int], None] | None
+) -> Tensor:
+    """All tokens one after the other, int64 [tokens]."""
+    separator = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
+    ids: list[int] = []
+    for done, text in enumerate(texts, start=1):
+        if done > 1:
+            ids += separator
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if on_progress is not None:
+            on_progress(done, len(texts))
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+@cache
+def _parts() -> dict[Split, tuple[Address, ...]]:
+    """Every part, read and parted once per process."""
+    packed = (files("mixhead.data") / "addresses.jsonl.xz").read_bytes()
+    everything = [Address(**json.loads(line)) for line in lzma.decompress(packed).splitlines()]
+    parts: dict[Split, list[Address]] = {split: [] for split in get_args(Split)}
+    for start in range(0, len(everything), _BLOCK):
+        block = everything[start : start + _BLOCK]
+        held_out = dict(zip(sorted(block, key=_lot), _HELD_OUT, strict=False))
+        for address in block:
+            parts[held_out.get(address, "train")].append(address)
+    return {split: tuple(members) for split, members in parts.items()}
+
+
+def _lot(address: Address) -> str:
+    """A fixed lot for the draw of an address: independent of its words and of Python's hash seed."""
+    return hashlib.sha256(f"{address.year} {address.president}".encode()).hexdigest()
+
+
+def _checked_split(split: str) -> Split:
+    if split not in get_args(Split):
+        raise MixheadError(f"The addresses have no part {split!r}; choose one of {', '.join(get_args(Split))}.")
+    return cast(Split, split)

