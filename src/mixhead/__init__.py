@@ -1,16 +1,40 @@
 """Mixture-of-head attention: heads that are chosen per token, and that cost nothing when they are not."""
 
-from mixhead import ops
-from mixhead.convert import CalibrationConfig, CalibrationReport, MoHConfig, calibrate, convert, revert
+from typing import TYPE_CHECKING
+
 from mixhead.errors import MixheadError
-from mixhead.interop import from_official
-from mixhead.models.hugging_face import RoutingTrace, register_with_transformers
-from mixhead.models.moa import register_moa
-from mixhead.models.moh_vit import register_moh_vit
-from mixhead.nn import MixtureOfAttentionHeads, MixtureOfHeadAttention
-from mixhead.recording import Recording, RoutingLog, keep_routing, record_routing
-from mixhead.routing import Routing
-from mixhead.store import load, save
+from mixhead.lazy import loaded_on_use
+from mixhead.models.auto import register_when_needed
+
+if TYPE_CHECKING:
+    from mixhead import ops
+    from mixhead.convert import CalibrationConfig, CalibrationReport, MoHConfig, calibrate, convert, revert
+    from mixhead.interop import from_official
+    from mixhead.models.hugging_face import RoutingTrace
+    from mixhead.nn import MixtureOfAttentionHeads, MixtureOfHeadAttention
+    from mixhead.recording import Recording, RoutingLog, keep_routing, record_routing
+    from mixhead.routing import Routing
+    from mixhead.store import load, save
+else:
+    # The package `convert` is loaded now, and its name left to the function: loaded later, it would take it back.
+    from mixhead import convert
+
+    del convert
+    __getattr__, __dir__ = loaded_on_use(
+        __name__,
+        {
+            ".convert.calibration": ["CalibrationConfig", "CalibrationReport", "calibrate"],
+            ".convert.config": ["MoHConfig"],
+            ".convert.swap": ["convert", "revert"],
+            ".interop": ["from_official"],
+            ".models.hugging_face": ["RoutingTrace"],
+            ".nn": ["MixtureOfAttentionHeads", "MixtureOfHeadAttention"],
+            ".ops": ["ops"],
+            ".recording": ["Recording", "RoutingLog", "keep_routing", "record_routing"],
+            ".routing": ["Routing"],
+            ".store": ["load", "save"],
+        },
+    )
 
 __version__ = "0.1.0"
 
@@ -37,6 +61,4 @@ __all__ = [
 ]
 
 # The one thing done at import: transformers can only load a model type that it has been told about.
-register_with_transformers()
-register_moh_vit()
-register_moa()
+register_when_needed()

@@ -24,7 +24,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from mixhead.errors import MixheadError, first_line, some
 from mixhead.interop.safe_load import read_start
-from mixhead.models.hugging_face import MoHModelMixin, moh_model_class, register_with_transformers
+from mixhead.models.hugging_face import MoHModelMixin, moh_model_class
 from mixhead.models.moh_vit import MoHTransNeXtForImageClassification, MoHTransNeXtModel
 
 PathLike = str | os.PathLike[str]
@@ -174,7 +174,6 @@ def load_tokenizer(path: PathLike) -> PreTrainedTokenizerBase:
 
 def check_folder(path: PathLike) -> Path:
     """The folder, if there is one with a configuration in it."""
-    register_with_transformers()
     folder = Path(path)
     if not folder.exists():
         raise MixheadError(f"There is no model folder {folder}.")

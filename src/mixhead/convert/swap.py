@@ -25,7 +25,6 @@ from mixhead.models.hugging_face import (
     moh_config_class,
     moh_model_class,
     register_models,
-    register_with_transformers,
 )
 from mixhead.models.jetmoe import is_in_slots, take_out_of_slots
 from mixhead.models.moh_dit import MoHDiT
@@ -70,7 +69,6 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
         )
     sites = find_sites(model)
     layers = config.resolve([site.num_heads for site in sites], [site.num_key_value_heads for site in sites])
-    register_with_transformers()
     original_attention = attention_of(model.config)
     config_class = moh_config_class(type(model.config))  # type: ignore[arg-type]
     register_models(config_class)  # type: ignore[arg-type]

@@ -1,16 +1,28 @@
 """Any attention model of transformers as a mixture-of-head model."""
 
-from mixhead.models.hugging_face.attention import attention_of, moh_attention_forward
-from mixhead.models.hugging_face.model import (
-    MoHModelMixin,
-    moh_config_class,
-    moh_model_class,
-    register_models,
-    register_with_transformers,
-)
-from mixhead.models.hugging_face.routers import LayerHeads, attach_router, attach_routers, detach_router
-from mixhead.models.hugging_face.sites import AttentionSite, find_sites
-from mixhead.models.hugging_face.trace import RoutingTrace
+from typing import TYPE_CHECKING
+
+from mixhead.lazy import loaded_on_use
+
+if TYPE_CHECKING:
+    from mixhead.models.hugging_face.attention import attention_of, moh_attention_forward
+    from mixhead.models.hugging_face.configuration import moh_config_class
+    from mixhead.models.hugging_face.model import MoHModelMixin, moh_model_class, register_models
+    from mixhead.models.hugging_face.routers import LayerHeads, attach_router, attach_routers, detach_router
+    from mixhead.models.hugging_face.sites import AttentionSite, find_sites
+    from mixhead.models.hugging_face.trace import RoutingTrace
+else:
+    __getattr__, __dir__ = loaded_on_use(
+        __name__,
+        {
+            ".attention": ["attention_of", "moh_attention_forward"],
+            ".configuration": ["moh_config_class"],
+            ".model": ["MoHModelMixin", "moh_model_class", "register_models"],
+            ".routers": ["LayerHeads", "attach_router", "attach_routers", "detach_router"],
+            ".sites": ["AttentionSite", "find_sites"],
+            ".trace": ["RoutingTrace"],
+        },
+    )
 
 __all__ = [
     "AttentionSite",
@@ -26,5 +38,4 @@ __all__ = [
     "moh_config_class",
     "moh_model_class",
     "register_models",
-    "register_with_transformers",
 ]

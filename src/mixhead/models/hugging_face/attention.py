@@ -33,13 +33,6 @@ UNSUPPORTED = ("softcap", "position_bias", "s_aux", "cache")
 MASKED_SCORE = -1e4
 
 
-def register_attention() -> None:
-    """Makes `attn_implementation="mixhead"` known to transformers; its masks are those of SDPA."""
-    for name, mask in ((ATTENTION, sdpa_mask), (ATTENTION_OF_EAGER, eager_mask)):
-        AttentionInterface.register(name, moh_attention_forward)
-        AttentionMaskInterface.register(name, mask)
-
-
 def attention_for(original: str | None) -> str:
     """The name under which a model that ran `original` runs here."""
     return ATTENTION_OF_EAGER if original == "eager" else ATTENTION
@@ -181,3 +174,9 @@ def real_tokens_BN(attention_mask: Tensor | None, num_queries: int, num_keys: in
     if num_queries == num_keys and allowed_BNT.shape[1] == num_queries:
         return allowed_BNT.diagonal(dim1=1, dim2=2)
     return allowed_BNT.any(-1).expand(-1, num_queries)
+
+
+# Whatever builds or unpickles a converted model imports this file. The masks are those that the model had before.
+for _name, _mask in ((ATTENTION, sdpa_mask), (ATTENTION_OF_EAGER, eager_mask)):
+    AttentionInterface.register(_name, moh_attention_forward)
+    AttentionMaskInterface.register(_name, _mask)

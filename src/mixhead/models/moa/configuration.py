@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from mixhead.errors import MixheadError
+from mixhead.models.auto import LoadsItsModels
 
 # Whatever weights belong to: fixed once a configuration is made.
 ARCHITECTURE = (
@@ -21,7 +22,7 @@ ARCHITECTURE = (
 POSITIONS = ("sinusoidal", "rotary")
 
 
-class MoAConfig(PreTrainedConfig):
+class MoAConfig(LoadsItsModels, PreTrainedConfig):
     """What both models have in common: sizes, attention, dropout and the weights of the auxiliary losses.
 
     Attributes:
@@ -50,6 +51,7 @@ class MoAConfig(PreTrainedConfig):
         layer_norm_eps: of all norms, which follow the residual sums (post-LN).
     """
 
+    modeling = "mixhead.models.moa.modeling"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "cache",
         "auxiliary_loss",
@@ -129,6 +131,7 @@ class MoATransformerConfig(MoAConfig):
     """
 
     model_type = "moa_transformer"
+    modeling = "mixhead.models.moa.transformer"
     attribute_map: ClassVar[dict[str, str]] = {
         "num_hidden_layers": "encoder_layers",
         "num_attention_heads": "num_heads",
@@ -175,6 +178,7 @@ class MoAEncoderConfig(MoAConfig):
     """
 
     model_type = "moa_encoder"
+    modeling = "mixhead.models.moa.masked_lm"
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
 
     num_hidden_layers: int = 6

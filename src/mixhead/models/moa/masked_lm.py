@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoModelForMaskedLM
 from transformers.utils import ModelOutput
 
 from mixhead.models.moa.configuration import MoAEncoderConfig
@@ -136,3 +137,6 @@ class MoAForMaskedLM(MoAPreTrainedModel):
         )
         wants_output = self.config.return_dict if return_dict is None else return_dict
         return output if wants_output else output.to_tuple()
+
+
+AutoModelForMaskedLM.register(MoAEncoderConfig, MoAForMaskedLM, exist_ok=True)

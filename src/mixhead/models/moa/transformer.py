@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import AutoModelForSeq2SeqLM, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
@@ -261,3 +261,6 @@ def cross_entropy(
         label_smoothing=label_smoothing,
     )
     return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+AutoModelForSeq2SeqLM.register(MoATransformerConfig, MoATransformerForConditionalGeneration, exist_ok=True)

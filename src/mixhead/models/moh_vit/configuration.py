@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from mixhead.errors import MixheadError
+from mixhead.models.auto import LoadsItsModels
 
 PER_STAGE = ("hidden_sizes", "num_heads", "depths", "mlp_ratios", "pool_ratios")
 ROUTED = ("shared_heads", "top_k")
@@ -14,7 +15,7 @@ ROUTED = ("shared_heads", "top_k")
 ARCHITECTURE = (*PER_STAGE, *ROUTED, "two_stage", "image_size", "num_channels", "patch_size", "window_size", "qkv_bias")
 
 
-class MoHTransNeXtConfig(PreTrainedConfig):
+class MoHTransNeXtConfig(LoadsItsModels, PreTrainedConfig):
     """Sizes of a MoH-ViT (arXiv 2410.11842, section 4.1); without `shared_heads` and `top_k` a dense TransNeXt.
 
     All stages but the last use aggregated attention, the last one global attention. The fields of the architecture
@@ -39,6 +40,7 @@ class MoHTransNeXtConfig(PreTrainedConfig):
     """
 
     model_type = "moh_vit"
+    modeling = "mixhead.models.moh_vit.modeling"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["balance_loss", "hidden_states", "routing"]
 
     image_size: int = 224

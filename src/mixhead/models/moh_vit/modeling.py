@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -287,3 +287,7 @@ def check_images(pixel_values: Tensor, config: MoHTransNeXtConfig) -> None:
             f"An image of {height} x {width} pixels is too small: either side must have at least "
             f"{config.smallest_side}. Resize it first."
         )
+
+
+AutoModel.register(MoHTransNeXtConfig, MoHTransNeXtModel, exist_ok=True)
+AutoModelForImageClassification.register(MoHTransNeXtConfig, MoHTransNeXtForImageClassification, exist_ok=True)
