@@ -36,7 +36,8 @@ from mixhead.ops.crossover import cpu_model
 from mixhead.tasks.image_generation.drawing import write_png
 from mixhead.tasks.image_generation.features import ClassifierFeatures
 from mixhead.tasks.image_generation.metrics import ImageStatistics, compare, statistics
-from mixhead.tasks.image_generation.sampling import SamplingConfig, class_names, grid, load_pipeline, sample_images
+from mixhead.tasks.image_generation.sampling import class_names, grid, load_pipeline, sample_images
+from mixhead.tasks.image_generation.sampling_config import SamplingConfig
 from mixhead.tasks.registry import train_recipe
 from mixhead.training.recipes import read_recipe
 

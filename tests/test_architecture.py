@@ -33,8 +33,10 @@ STRANGERS = {
     "models": {"datasets", "lm_eval"},
 }
 
-# Heavy or optional: `import mixhead` must neither need nor load them.
-LAZY = ("triton", "lm_eval", "matplotlib", "peft", "datasets", "diffusers")
+# `import mixhead` loads none of them: what is heavy comes with the first name that is used, what is optional when it
+# runs.
+HEAVY = ("torch", "torch._dynamo", "transformers", "transformers.modeling_utils", "numpy", "safetensors", "pydantic")
+OPTIONAL = ("triton", "lm_eval", "matplotlib", "peft", "datasets", "diffusers")
 
 MAX_LINES = 600
 
@@ -188,7 +190,22 @@ def test_no_file_is_too_long():
 
 def test_import_is_quiet_and_light():
     """`import mixhead` prints nothing, warns of nothing and loads nothing optional."""
-    program = f"import sys, mixhead; sys.exit(' '.join(m for m in {LAZY!r} if m in sys.modules) or 0)"
+    assert_loads("import mixhead", none_of=HEAVY + OPTIONAL)
+
+
+def test_model_types_are_known_without_the_code_of_models():
+    """Configurations join those of transformers, and neither torch's compiler nor its modelling comes with them."""
+    program = "import mixhead; from transformers import AutoConfig; assert AutoConfig.for_model('mixhead')"
+    assert_loads(program, none_of=("torch._dynamo", "transformers.modeling_utils", *OPTIONAL))
+
+
+def test_every_name_of_the_root_is_quiet_and_needs_nothing_optional():
+    assert_loads("from mixhead import *", none_of=OPTIONAL)
+
+
+def assert_loads(program: str, none_of: tuple[str, ...]) -> None:
+    """Runs a program in a new process: it says nothing, and none of the modules is loaded afterwards."""
+    program += f"\nimport sys\nsys.exit(' '.join(m for m in {none_of!r} if m in sys.modules) or 0)"
     # Python's own choice of warnings, as every user has it: a deprecation inside another library is hidden.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)

@@ -84,7 +84,8 @@ def test_a_configuration_is_enough_for_a_model_a_pickled_one_too(folders):
         "import transformers\n"
         "config = pickle.load(open('config.pickle', 'rb'))\n"
         "print(type(transformers.AutoModelForSeq2SeqLM.from_config(config)).__name__)\n"
-        "for auto, folder in [('MaskedLM', 'masked_lm'), ('ImageClassification', 'image'), ('CausalLM', 'causal_lm')]:\n"
+        "autos = {'masked_lm': 'MaskedLM', 'image': 'ImageClassification', 'causal_lm': 'CausalLM'}\n"
+        "for folder, auto in autos.items():\n"
         "    config = transformers.AutoConfig.from_pretrained(folder)\n"
         "    print(type(getattr(transformers, f'AutoModelFor{auto}').from_config(config)).__name__)"
     )
@@ -112,7 +113,7 @@ def test_looking_up_the_table_of_configurations_is_not_loading_it():
     program = (
         "import importlib.util, mixhead, transformers\n"
         "importlib.util.find_spec('transformers.models.auto.configuration_auto')\n"
-        "from transformers import AutoConfig\n"
-        "print(AutoConfig.for_model('moh_vit').model_type)"
+        "from transformers import CONFIG_MAPPING\n"
+        "print('moh_vit' in CONFIG_MAPPING)"
     )
-    assert in_a_new_process(program, ".") == "moh_vit"
+    assert in_a_new_process(program, ".") == "True"

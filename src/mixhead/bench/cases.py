@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mixhead.errors import MixheadError
-from mixhead.ops import cpu
 
 FORWARD, BACKWARD, DECODE = "forward", "forward + backward", "decode"
 
@@ -129,6 +128,8 @@ SKEW = 0.9  # of the balanced figure, what skewed routing has to reach
 
 def figures() -> Iterator[Figure]:
     """Every case with a figure to reach on this machine's instruction set."""
+    from mixhead.ops import cpu  # a case is described without PyTorch
+
     yield needed(Case(8, 197), "float32", 1.25, 1.7, 2.6)
     for tokens, wanted in (
         (1024, ((1.45, 2.1, 4.0), (1.75, 2.5, 4.5))),

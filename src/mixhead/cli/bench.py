@@ -7,24 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
-import torch
 import typer
 
-from mixhead import store
-from mixhead.bench import cases, model, routings, runner
-from mixhead.bench.core import CoreSpec
-from mixhead.bench.module import ModuleSpec
-from mixhead.bench.results import Results, Row, met
-from mixhead.bench.subject import Spec, engine_name, engines_to_time
+from mixhead.bench import cases
 from mixhead.cli.common import MODEL_HELP, SMOLLM2, TEXT_HELP, console, model_folder, progress_bar, windows_of
-from mixhead.convert import MoHConfig
 from mixhead.errors import MixheadError
-from mixhead.files import write_text
-from mixhead.recording import keep_routing
-from mixhead.report.plots import check_picture
-from mixhead.report.speed import notes, plot_speed, speed_markdown, speed_table
+
+if TYPE_CHECKING:
+    from mixhead.bench import runner
+    from mixhead.bench.subject import Spec
+
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -67,7 +61,7 @@ def core(
     kv_heads: KvHeads = None,
     head_dim: HeadDim = 64,
     share: Share = "1,0.75,0.5,0.25",
-    routing: RoutingKind = routings.RANDOM,
+    routing: RoutingKind = "random",
     by_token: Annotated[bool, typer.Option("--by-token", help="q, k, v as projections lay them out.")] = False,
     dtype: Dtype = "float32",
     engine: Engine = "",
@@ -83,6 +77,10 @@ def core(
 
     `--preset figures` measures `auto` at every case that has a figure to reach, and says whether it does.
     """
+    from mixhead.bench import runner
+    from mixhead.bench.core import CoreSpec
+    from mixhead.bench.subject import engine_name, engines_to_time
+
     counts, engines = many(threads, positive), many(engine, engine_name) or engines_to_time()
     if preset == cases.FIGURES:
         wanted = [figure for figure in cases.figures() if only in f"{figure.case.direction}, {figure.case.title}"]
@@ -112,7 +110,7 @@ def module(
     kv_heads: KvHeads = None,
     head_dim: HeadDim = 64,
     share: Share = "0.75,0.5,0.25",
-    routing: OwnRouting = routings.RANDOM,
+    routing: OwnRouting = "random",
     dtype: Dtype = "float32",
     engine: Engine = "",
     threads: Threads = "1",
@@ -124,6 +122,10 @@ def module(
     markdown: Markdown = None,
 ) -> None:
     """`MixtureOfHeadAttention` against the same projections around dense attention, without a router."""
+    from mixhead.bench import runner
+    from mixhead.bench.module import ModuleSpec
+    from mixhead.bench.subject import engine_name, engines_to_time
+
     shape = cases.Case(heads=heads, kv_heads=kv_heads or heads, head_dim=head_dim)
     chosen = runner.grid(many(batch, positive), many(tokens, positive), masks(mask), directions(direction), shape)
     specs: list[Spec] = [
@@ -150,7 +152,7 @@ def whole_model(
     direction: Directions = "forward",
     batch: Batch = "1",
     tokens: Tokens = "1024",
-    routing: OwnRouting = routings.RANDOM,
+    routing: OwnRouting = "random",
     dtype: Dtype = "float32",
     engine: Engine = "masked,auto",
     threads: Threads = "1",
@@ -165,6 +167,10 @@ def whole_model(
 
     forward is a prefill, decode one token against `--tokens` cached ones, backward a forward and a backward pass.
     """
+    from mixhead.bench import model, runner
+    from mixhead.bench.subject import engine_name
+    from mixhead.convert import MoHConfig
+
     folder = str(model_folder(source)) if source == SMOLLM2 else source
     config = MoHConfig(active=active, active_heads=active_heads, router=router)
     specs: list[Spec] = [
@@ -186,6 +192,12 @@ def record(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 1024,
 ) -> None:
     """Writes which heads a converted model's tokens use, for `--routing FILE`."""
+    import torch
+
+    from mixhead import store
+    from mixhead.bench import routings
+    from mixhead.recording import keep_routing
+
     network, tokenizer = store.load_causal_lm(model_folder(source))
     windows_WT = windows_of(tokenizer, text, "test", tokens, tokens)
     with torch.no_grad(), keep_routing(network) as log:
@@ -204,6 +216,8 @@ class Files:
 
     def check(self) -> None:
         """Raises where one of them could not be written: better before long measurements than after."""
+        from mixhead.report.plots import check_picture
+
         if self.plot is not None:
             check_picture(self.plot)
         for file in (self.json, self.plot, self.markdown):
@@ -213,6 +227,11 @@ class Files:
 
 def measure(entries: list[runner.Entry], options: runner.Options, files: Files) -> None:
     """Measures and prints; ends with code 1 where a result was wrong, and 130 after Ctrl-C, which keeps the rows."""
+    from mixhead.bench import runner
+    from mixhead.bench.results import Results, Row, met
+    from mixhead.files import write_text
+    from mixhead.report.speed import notes, plot_speed, speed_markdown, speed_table
+
     if not entries:
         raise MixheadError("Nothing fits that description, so nothing was measured.")
     files.check()
@@ -289,6 +308,8 @@ def masks(text: str) -> list[bool]:
 
 def directions(text: str) -> list[str]:
     """Checked names of what is computed."""
+    from mixhead.bench import model
+
     return [choice(part, tuple(model.DIRECTIONS), "--direction") for part in many(text, str)]
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from mixhead.cli.common import console
 from mixhead.errors import MixheadError
-from mixhead.report.vision import plot_heads
-from mixhead.tasks.image_classification.classify import Classification
-from mixhead.tasks.image_classification.classify import classify as look_at
-from mixhead.tasks.image_classification.evaluate import load_classifier
+
+if TYPE_CHECKING:
+    from mixhead.tasks.image_classification.classify import Classification
 
 
 def classify(
@@ -29,6 +28,10 @@ def classify(
     layer: Annotated[str | None, typer.Option(help="Layer of the map; the last one whose heads compete.")] = None,
 ) -> None:
     """Prints the likeliest labels of images with their probabilities and the heads that were used."""
+    from mixhead.report.vision import plot_heads
+    from mixhead.tasks.image_classification.classify import classify as look_at
+    from mixhead.tasks.image_classification.evaluate import load_classifier
+
     network, processor, classes = load_classifier(model)
     refused = []
     for file in images:

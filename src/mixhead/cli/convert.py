@@ -7,16 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mixhead import store
 from mixhead.cli.common import DTYPE_HELP, MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
 from mixhead.cli.convert_dit import CalibrationImages, convert_dit
-from mixhead.convert import CalibrationConfig, MoHConfig, calibrate
-from mixhead.convert import convert as convert_model
 from mixhead.errors import MixheadError
-from mixhead.interop import holds_dit, load_moh_llama, load_moh_vit
-from mixhead.models.moh_dit import PUBLISHED as PUBLISHED_DIT
-from mixhead.models.moh_vit import PUBLISHED, image_processor
-from mixhead.tasks.precision import autocast_dtype
 
 CALIBRATION_WINDOW = 512
 
@@ -39,8 +32,8 @@ def convert(
         str | None,
         typer.Option(
             help="SOURCE is published: `moh-llama` for the MoH-LLaMA3 folder; for a `.pth` file of MoH-ViT or a `.pt` "
-            "file of MoH-DiT, which are recognised by themselves, which one it is "
-            f"({', '.join([*PUBLISHED, *PUBLISHED_DIT])}) if the file does not say so. All options but --overwrite are "
+            "file of MoH-DiT, which are recognised by themselves, which one it is if the file does not say so "
+            "(`moh-vit-s-75`, `moh-dit-b-90`, …; a name that is none lists them all). All options but --overwrite are "
             "ignored."
         ),
     ] = None,
@@ -55,6 +48,14 @@ def convert(
     """Converts a causal language model and, with the linear router, calibrates it (no gradients, under a minute for
     SmolLM2-135M on two cores); a dense diffusion transformer likewise. A published checkpoint becomes a model folder.
     """
+    from mixhead import store
+    from mixhead.convert import CalibrationConfig, MoHConfig, calibrate
+    from mixhead.convert import convert as convert_model
+    from mixhead.interop import holds_dit, load_moh_llama, load_moh_vit
+    from mixhead.models.moh_dit import PUBLISHED as PUBLISHED_DIT
+    from mixhead.models.moh_vit import PUBLISHED, image_processor
+    from mixhead.tasks.precision import autocast_dtype
+
     folder = model_folder(source)
     config = MoHConfig(
         active=active,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mixhead import store
 from mixhead.cli.common import console, progress_bar
-from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, noised_batches
-from mixhead.convert import convert as convert_model
-from mixhead.data.noised_images import generation_images
 from mixhead.errors import MixheadError
-from mixhead.models.moh_dit import MoHDiT
-from mixhead.tasks.image_generation.calibration_images import calibration_samples
-from mixhead.tasks.image_generation.sampling import load_pipeline
+
+if TYPE_CHECKING:
+    from mixhead.convert import MoHConfig
+    from mixhead.models.moh_dit import MoHDiT
+
 
 PROBES = 8  # images that tell how sensitive a layer is: one has a single time step
 
@@ -33,7 +32,9 @@ def convert_dit(
     """Writes a pipeline's folder: a published or mixture-of-head model as it is, a dense one converted where there are
     images to calibrate on.
     """
+    from mixhead import store
     from mixhead.models.moh_dit import MoHDiTPipeline, MoHDiTTransformer2DModel
+    from mixhead.tasks.image_generation.sampling import load_pipeline
 
     store.check_target(out, overwrite=overwrite)
     pipeline = load_pipeline(source, images.vae, name)
@@ -51,6 +52,11 @@ def convert_dit(
 
 def convert_calibrated(dit: MoHDiT, config: MoHConfig, images: CalibrationImages, vae: object | None) -> None:
     """A dense DiT becomes mixture-of-head and, with the linear router, is calibrated on noised images."""
+    from mixhead.convert import CalibrationConfig, calibrate, noised_batches
+    from mixhead.convert import convert as convert_model
+    from mixhead.data.noised_images import generation_images
+    from mixhead.tasks.image_generation.calibration_images import calibration_samples
+
     assert images.where is not None
     samples, classes = calibration_samples(generation_images(images.where), dit.config, vae, images.count)
     convert_model(dit, config)

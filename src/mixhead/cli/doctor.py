@@ -5,16 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
-from mixhead import ops
-from mixhead.bench.tune import measure_crossover, summary
 from mixhead.cli.common import console, progress_bar
 from mixhead.data.fetch import cache_folder
-from mixhead.ops import cpu, crossover
-from mixhead.routing import Routing
 
 REQUIRED = ("torch", "transformers", "safetensors", "accelerate")
 OPTIONAL = {
@@ -36,6 +31,10 @@ def doctor(
     ] = False,
 ) -> None:
     """Shows versions, optional packages, the processor, and which attention engine `auto` takes for typical shapes."""
+    import torch
+
+    from mixhead.ops import cpu, crossover
+
     if build:
         built, reason = cpu.build()
         if not built:
@@ -56,6 +55,11 @@ def doctor(
 
 def measure_and_keep() -> None:
     """Measures the cross-over from dense attention to the kernel, with PyTorch's number of threads, and keeps it."""
+    import torch
+
+    from mixhead.bench.tune import measure_crossover, summary
+    from mixhead.ops import crossover
+
     threads = torch.get_num_threads()
     with progress_bar(f"Measuring with {threads} threads") as on_progress:
         points = measure_crossover(on_progress)
@@ -91,6 +95,11 @@ def version_of(package: str) -> str:
 
 def engines_table() -> Table:
     """What `impl="auto"` would run at half of 8 heads, for typical shapes, and why."""
+    import torch
+
+    from mixhead import ops
+    from mixhead.routing import Routing
+
     table = Table(title=f"Engines: {', '.join(ops.IMPLEMENTATIONS)}", title_justify="left")
     for column in ("shape", "engine", "why"):
         table.add_column(column)

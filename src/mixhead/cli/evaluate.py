@@ -5,18 +5,16 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from torch import Tensor
 
-from mixhead import store
 from mixhead.cli.common import DTYPE_HELP, MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
-from mixhead.data.text import text_source
-from mixhead.tasks.language_modelling.comparison_table import Row, Table
-from mixhead.tasks.language_modelling.evaluate import heads_of, perplexity
-from mixhead.tasks.language_modelling.lm_eval_tasks import evaluate_tasks, write_tasks
-from mixhead.tasks.precision import autocast_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixhead.tasks.language_modelling.comparison_table import Row
 
 
 def evaluate(
@@ -29,6 +27,13 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
 ) -> None:
     """Measures models on the same held-out text and prints perplexities beside the first model's."""
+    from mixhead import store
+    from mixhead.data.text import text_source
+    from mixhead.tasks.language_modelling.comparison_table import Row, Table
+    from mixhead.tasks.language_modelling.evaluate import heads_of, perplexity
+    from mixhead.tasks.language_modelling.lm_eval_tasks import evaluate_tasks, write_tasks
+    from mixhead.tasks.precision import autocast_dtype
+
     autocast = autocast_dtype(dtype)
     rows: list[Row] = []
     windows_WT: Tensor | None = None

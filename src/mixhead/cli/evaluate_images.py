@@ -8,12 +8,6 @@ from typing import Annotated
 import typer
 
 from mixhead.cli.common import DTYPE_HELP, console, progress_bar
-from mixhead.data.labelled_images import open_images, renumbered
-from mixhead.files import write_text
-from mixhead.report.vision import accuracy_table, class_table, plot_confusion, plot_load, write_confusion
-from mixhead.tasks.image_classification.evaluate import evaluate_images as measure
-from mixhead.tasks.image_classification.evaluate import load_classifier
-from mixhead.tasks.precision import autocast_dtype
 
 
 def evaluate_images(
@@ -37,6 +31,13 @@ def evaluate_images(
     ] = None,
 ) -> None:
     """Measures an image classifier on labelled images; what cannot be read is left out and listed."""
+    from mixhead.data.labelled_images import open_images, renumbered
+    from mixhead.files import write_text
+    from mixhead.report.vision import accuracy_table, class_table, plot_confusion, plot_load, write_confusion
+    from mixhead.tasks.image_classification.evaluate import evaluate_images as measure
+    from mixhead.tasks.image_classification.evaluate import load_classifier
+    from mixhead.tasks.precision import autocast_dtype
+
     network, processor, names = load_classifier(model)
     images = renumbered(open_images(data, "test"), names)
     autocast = autocast_dtype(dtype)

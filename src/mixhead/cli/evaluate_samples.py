@@ -6,17 +6,17 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from torch import Tensor
 
 from mixhead.cli.common import console, progress_bar
-from mixhead.data.noised_images import generation_images, image_tensors
-from mixhead.tasks.image_generation.drawing import image_batches
-from mixhead.tasks.image_generation.features import EFFICIENTNET, feature_extractor
-from mixhead.tasks.image_generation.metrics import Quality, compare, statistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixhead.tasks.image_generation.metrics import Quality
 
 
 def evaluate_samples(
@@ -27,16 +27,21 @@ def evaluate_samples(
     features: Annotated[
         str,
         typer.Option(
-            help=f"What compares them: {EFFICIENTNET}, a file of Inception-v3 weights, or the folder of a small "
+            help="What compares them: efficientnet-lite0, a file of Inception-v3 weights, or the folder of a small "
             "classifier (`mixhead train fashion-mnist-features`)."
         ),
-    ] = EFFICIENTNET,
+    ] = "efficientnet-lite0",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what was measured to this file.")] = None,
 ) -> None:
     """Prints FID, sFID, Inception Score, precision and recall as the ADM evaluator defines them, and by which features.
 
     Figures by different features, or from different numbers of images, cannot be compared with each other.
     """
+    from mixhead.data.noised_images import generation_images, image_tensors
+    from mixhead.tasks.image_generation.drawing import image_batches
+    from mixhead.tasks.image_generation.features import feature_extractor
+    from mixhead.tasks.image_generation.metrics import compare, statistics
+
     extractor = feature_extractor(features)
     drawn = statistics(extractor, image_batches(samples))
     size = next(image_batches(samples, batch=1)).shape[-1]

@@ -8,7 +8,6 @@ import typer
 from rich.table import Table
 
 from mixhead.cli.common import console
-from mixhead.tasks.masked_lm.train import fill_mask, load_masked_lm
 
 
 def fill_mask_verb(
@@ -17,6 +16,8 @@ def fill_mask_verb(
     guesses: Annotated[int, typer.Option(min=1, help="How many words for each gap.")] = 5,
 ) -> None:
     """Prints the likeliest words for every gap in a text."""
+    from mixhead.tasks.masked_lm.train import fill_mask, load_masked_lm
+
     network, tokenizer = load_masked_lm(model)
     table = Table("gap", "word", "probability", box=None)
     for gap, words in enumerate(fill_mask(network, tokenizer, text, guesses), 1):

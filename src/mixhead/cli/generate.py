@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 import typer
-from transformers import TextStreamer
 
-from mixhead import store
 from mixhead.cli.common import MODEL_HELP, console, model_folder
-from mixhead.data.text import read_text_file
-from mixhead.models.hugging_face import MoHModelMixin
-from mixhead.recording import record_routing
 
 
 def generate(
@@ -24,6 +18,14 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling (with a temperature above 0).")] = 0,
 ) -> None:
     """Continues a text with a dense or converted model and prints the share of heads that it used."""
+    import torch
+    from transformers import TextStreamer
+
+    from mixhead import store
+    from mixhead.data.text import read_text_file
+    from mixhead.models.hugging_face import MoHModelMixin
+    from mixhead.recording import record_routing
+
     network, tokenizer = store.load_causal_lm(model_folder(model))
     text = prompt if prompt_file is None else read_text_file(prompt_file)
     inputs = tokenizer(text, return_tensors="pt")

@@ -6,32 +6,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from transformers import AutoImageProcessor
 
-from mixhead import store
 from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console, model_folder
-from mixhead.data.text import text_source
 from mixhead.errors import MixheadError
-from mixhead.inspect.record import (
-    picture_files,
-    record_drawing,
-    record_pictures,
-    record_texts,
-    record_translation,
-    record_writing,
-)
-from mixhead.recording import Recording
-from mixhead.recording.file import recording_exists
-from mixhead.report.contents import Contents, read_contents
-from mixhead.report.html import write_html
-from mixhead.report.names import short_names
-from mixhead.report.plots import plot_load_by, plot_loads
-from mixhead.report.terminal import terminal_view
-from mixhead.tasks.image_generation.sampling import class_names, load_pipeline
-from mixhead.tasks.translation.translate import load_translator
+
+if TYPE_CHECKING:
+    from mixhead.recording import Recording
+    from mixhead.report.contents import Contents
 
 
 def inspect(
@@ -68,6 +52,11 @@ def inspect(
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
 ) -> None:
     """Records which heads the tokens of texts or pictures use, and shows it; or shows what was recorded before."""
+    from mixhead.report.contents import read_contents
+    from mixhead.report.html import write_html
+    from mixhead.report.plots import plot_load_by, plot_loads
+    from mixhead.report.terminal import terminal_view
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recording" if save is None else save
         recorded = read_or_record(source, Inputs(text, prompt, images, draw, tokens), path)
@@ -107,6 +96,22 @@ class Recorded:
 
 def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
     """The recording of that name, or a new one of the model of that name."""
+    from transformers import AutoImageProcessor
+
+    from mixhead import store
+    from mixhead.inspect.record import (
+        picture_files,
+        record_drawing,
+        record_pictures,
+        record_texts,
+        record_translation,
+        record_writing,
+    )
+    from mixhead.recording import Recording
+    from mixhead.recording.file import recording_exists
+    from mixhead.tasks.image_generation.sampling import class_names, load_pipeline
+    from mixhead.tasks.translation.translate import load_translator
+
     given = [name for name in ("texts", "prompt", "images", "draw") if getattr(inputs, name) is not None]
     if recording_exists(source):
         if given:
@@ -149,6 +154,8 @@ def model_name(source: str) -> str:
 
 def name_and_text(given: str) -> tuple[str, list[str]]:
     """`NAME=text`, or a text that is named by itself."""
+    from mixhead.data.text import text_source
+
     name, equals, text = given.partition("=")
     return name, text_source(text if equals else given, "test")
 
@@ -159,6 +166,8 @@ def named_layer(contents: Contents, name: str) -> str:
     Raises:
         MixheadError: where there is none.
     """
+    from mixhead.report.names import short_names
+
     layers = contents.recording.layers
     known = {**{layer: layer for layer in layers}, **dict(zip(short_names(layers), layers, strict=True))}
     if name not in known:

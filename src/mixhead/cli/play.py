@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mixhead import store
 from mixhead.cli.common import MODEL_HELP, console, model_folder
-from mixhead.inspect.play import Player, import_gradio, serve
 
 
 def play(
@@ -16,6 +14,9 @@ def play(
     port: Annotated[int | None, typer.Option(help="Port of this machine; a free one by default.")] = None,
 ) -> None:
     """Opens a page on this machine: type a prompt, see the heads of each token, switch heads off, compare with all."""
+    from mixhead import store
+    from mixhead.inspect.play import Player, import_gradio, serve
+
     import_gradio()
     network, tokenizer = store.load_causal_lm(model_folder(model))
     player = Player.of(network, tokenizer)

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from mixhead.cli.common import console
 from mixhead.errors import MixheadError
-from mixhead.training.recipes import recipe_file, shipped_recipes, summary
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -19,6 +18,8 @@ app = typer.Typer(no_args_is_help=True)
 @app.command("ls")
 def ls() -> None:
     """Lists the recipes."""
+    from mixhead.training.recipes import shipped_recipes, summary
+
     table = Table("recipe", "what it does", box=None)
     for name, path in shipped_recipes().items():
         table.add_row(name, summary(path))
@@ -31,6 +32,8 @@ def cp(
     target: Annotated[Path, typer.Argument(help="File to write, or a folder for it.")] = Path(),
 ) -> None:
     """Copies a recipe, to be changed and given to `mixhead train`."""
+    from mixhead.training.recipes import recipe_file
+
     source = recipe_file(recipe)
     path = target / source.name if target.is_dir() else target
     if path.exists():

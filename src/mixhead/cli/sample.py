@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from mixhead.cli.common import console, progress_bar
-from mixhead.tasks.image_generation.drawing import GRID, draw_folder, write_grid
-from mixhead.tasks.image_generation.sampling import SamplingConfig, class_names, class_number, load_pipeline
+from mixhead.tasks.image_generation.sampling_config import SamplingConfig
 
 DEFAULTS = SamplingConfig()
 
@@ -44,6 +43,9 @@ def sample(
 
     Several processes share the images: `torchrun --nproc_per_node 2 -m -- mixhead.cli sample MODEL --n 64`.
     """
+    from mixhead.tasks.image_generation.drawing import GRID, draw_folder, write_grid
+    from mixhead.tasks.image_generation.sampling import class_names, class_number, load_pipeline
+
     config = SamplingConfig(
         steps=steps,
         guidance=guidance,

@@ -10,10 +10,6 @@ import typer
 from rich.table import Table
 
 from mixhead.cli.common import console
-from mixhead.report.plots import plot_health
-from mixhead.tasks.registry import train_recipe
-from mixhead.training.recipes import read_recipe
-from mixhead.training.run import LOG
 
 
 def train(
@@ -25,6 +21,11 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
 ) -> None:
     """Trains what a recipe describes; Ctrl-C leaves a run that --resume continues."""
+    from mixhead.report.plots import plot_health
+    from mixhead.tasks.registry import train_recipe
+    from mixhead.training.recipes import read_recipe
+    from mixhead.training.run import LOG
+
     read = read_recipe(recipe, overrides or ())
     folder = Path("runs") / read.name if run is None else run
     result = train_recipe(read, folder, resume=resume)

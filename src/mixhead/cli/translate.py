@@ -13,17 +13,11 @@ import typer
 from rich.table import Table
 
 from mixhead.cli.common import DTYPE_HELP, console
-from mixhead.data.aligned_pages import PARTS
-from mixhead.data.sentence_pairs import HELP, read_pairs, write_pairs
-from mixhead.data.vocabulary import lines_of, train_vocabulary
 from mixhead.errors import MixheadError
-from mixhead.inspect.expert_use import expert_use
-from mixhead.report.word_statistics import expert_words, words_table
-from mixhead.tasks.precision import autocast_dtype
-from mixhead.tasks.translation.train import evaluate_translation, spread
-from mixhead.tasks.translation.translate import TranslateConfig, load_translator, translate_lines
+from mixhead.tasks.translation.config import TranslateConfig
 
 DEFAULTS = TranslateConfig()
+PAIRS = "libreoffice-help"
 PAIRS_HELP = (
     "Sentence pairs: `libreoffice-help`, `debian-handbook`, a .tsv file, two files `FILE.en,FILE.de`, a folder with "
     "train.en, train.de …, or a dataset on disk; `:test` behind it names the part."
@@ -49,6 +43,10 @@ def translate(
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
 ) -> None:
     """Translates text line by line: one line out for each line in, in order. Warnings go to standard error."""
+    from mixhead.data.vocabulary import lines_of
+    from mixhead.tasks.precision import autocast_dtype
+    from mixhead.tasks.translation.translate import load_translator, translate_lines
+
     config = TranslateConfig(beams, length_penalty, batch_tokens, look_ahead, max_source_tokens, autocast_dtype(dtype))
     with _warnings_on_standard_error(), _opened(output) as target:
         network, tokenizer = load_translator(model)
@@ -60,7 +58,7 @@ def translate(
 
 def evaluate_translation_verb(
     model: Annotated[str, typer.Argument(help="Folder of a trained encoder-decoder.")],
-    data: Annotated[str, typer.Option(help=PAIRS_HELP)] = f"{HELP}:test",
+    data: Annotated[str, typer.Option(help=PAIRS_HELP)] = f"{PAIRS}:test",
     languages: Annotated[tuple[str, str], typer.Option(help=LANGUAGES_HELP)] = ("en", "de"),
     sentences: Annotated[int | None, typer.Option(min=1, help="At most so many, spread evenly.")] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = DEFAULTS.beams,
@@ -70,6 +68,11 @@ def evaluate_translation_verb(
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
 ) -> None:
     """Scores a model: sacreBLEU and chrF with their signatures, and BLEU as the papers of WMT14 count it."""
+    from mixhead.data.sentence_pairs import read_pairs
+    from mixhead.tasks.precision import autocast_dtype
+    from mixhead.tasks.translation.train import evaluate_translation, spread
+    from mixhead.tasks.translation.translate import load_translator
+
     pairs = spread(read_pairs(data, "test", languages), sentences)
     network, tokenizer = load_translator(model)
     config = TranslateConfig(beams=beams, length_penalty=length_penalty, dtype=autocast_dtype(dtype))
@@ -94,6 +97,9 @@ def vocabulary(
     size: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = 32_768,
 ) -> None:
     """Trains a vocabulary of subwords (byte-level BPE) for `vocabulary: FOLDER` of a recipe."""
+    from mixhead.data.sentence_pairs import read_pairs
+    from mixhead.data.vocabulary import lines_of, train_vocabulary
+
     if (data is None) == (not files):
         raise MixheadError("Give either text files or --data.")
     if data is not None:
@@ -107,10 +113,13 @@ def vocabulary(
 
 def pairs(
     folder: Annotated[Path, typer.Argument(help="Folder for train.tsv, validation.tsv and test.tsv.")],
-    data: Annotated[str, typer.Option(help=PAIRS_HELP)] = HELP,
+    data: Annotated[str, typer.Option(help=PAIRS_HELP)] = PAIRS,
     languages: Annotated[tuple[str, str], typer.Option(help=LANGUAGES_HELP)] = ("en", "de"),
 ) -> None:
     """Writes sentence pairs as files, to read or to use elsewhere; no page stands in two parts."""
+    from mixhead.data.aligned_pages import PARTS
+    from mixhead.data.sentence_pairs import read_pairs, write_pairs
+
     for part in PARTS:
         count = write_pairs(read_pairs(data, part, languages), folder / f"{part}.tsv")
         console.print(f"{folder / part}.tsv: {count:,} pairs", markup=False, highlight=False)
@@ -118,13 +127,18 @@ def pairs(
 
 def expert_words_verb(
     model: Annotated[str, typer.Argument(help="Folder of a trained MoA encoder-decoder.")],
-    data: Annotated[str, typer.Option(help=PAIRS_HELP)] = f"{HELP}:test",
+    data: Annotated[str, typer.Option(help=PAIRS_HELP)] = f"{PAIRS}:test",
     languages: Annotated[tuple[str, str], typer.Option(help=LANGUAGES_HELP)] = ("en", "de"),
     top: Annotated[int, typer.Option(min=1, help="Words of each expert.")] = 5,
     min_count: Annotated[int, typer.Option(min=1, help="Rarer words are left out.")] = 5,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File for the table.")] = None,
 ) -> None:
     """Shows how much each attention expert is used, and for which words more often than by chance."""
+    from mixhead.data.sentence_pairs import read_pairs
+    from mixhead.inspect.expert_use import expert_use
+    from mixhead.report.word_statistics import expert_words, words_table
+    from mixhead.tasks.translation.translate import load_translator
+
     network, tokenizer = load_translator(model)
     use = expert_use(network, tokenizer, read_pairs(data, "test", languages))
     words = {

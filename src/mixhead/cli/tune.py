@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mixhead import store
 from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console, model_folder, windows_of
 from mixhead.errors import MixheadError
-from mixhead.report.plots import plot_health
-from mixhead.tasks.language_modelling.tune import TuneConfig
-from mixhead.tasks.language_modelling.tune import tune as tune_model
+from mixhead.tasks.language_modelling.config import TuneConfig
 
 DEFAULTS = TuneConfig()
 
@@ -44,6 +41,10 @@ def tune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in RUN.")] = False,
 ) -> None:
     """Tunes a dense or converted causal language model; Ctrl-C leaves a run that --resume continues."""
+    from mixhead import store
+    from mixhead.report.plots import plot_health
+    from mixhead.tasks.language_modelling.tune import tune as tune_model
+
     if (teacher is None) != (distillation == 0.0):
         raise MixheadError("Distillation needs both: give --teacher and a --distillation above 0.")
     config = TuneConfig(

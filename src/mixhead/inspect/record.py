@@ -16,8 +16,10 @@ from mixhead.data.image_files import SUFFIXES, read_image
 from mixhead.data.token_text import pieces_of
 from mixhead.errors import MixheadError
 from mixhead.recording import Recording, RoutingLog, record_routing
-from mixhead.tasks.image_generation.sampling import SamplingConfig, class_names, sample_images
-from mixhead.tasks.translation.translate import TranslateConfig, clean, split_long
+from mixhead.tasks.image_generation.sampling import class_names, sample_images
+from mixhead.tasks.image_generation.sampling_config import SamplingConfig
+from mixhead.tasks.translation.config import TranslateConfig
+from mixhead.tasks.translation.translate import clean, split_long
 
 if TYPE_CHECKING:
     from mixhead.models.moh_dit import MoHDiTPipeline

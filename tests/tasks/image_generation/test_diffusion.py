@@ -15,7 +15,8 @@ from mixhead.tasks.image_generation.diffusion import (
     eight_bit_log_likelihood,
     gaussian_divergence,
 )
-from mixhead.tasks.image_generation.sampling import Sampler, sampling_scheduler
+from mixhead.tasks.image_generation.sampling import sampling_scheduler
+from mixhead.tasks.image_generation.sampling_config import Sampler
 
 
 @pytest.fixture(scope="module")

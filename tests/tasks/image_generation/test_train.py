@@ -29,7 +29,8 @@ from mixhead.models.moh_dit import MoHDiT, load_dit
 from mixhead.tasks.image_generation import small_classifier
 from mixhead.tasks.image_generation import train as generation
 from mixhead.tasks.image_generation.drawing import image_batches
-from mixhead.tasks.image_generation.sampling import SamplingConfig, class_number, load_pipeline, sample_images
+from mixhead.tasks.image_generation.sampling import class_number, load_pipeline, sample_images
+from mixhead.tasks.image_generation.sampling_config import SamplingConfig
 from mixhead.tasks.image_generation.trainer import TrainingSettings
 from mixhead.training.recipes import Recipe, read_recipe, settings_from, shipped_recipes, write_recipe
 

@@ -18,9 +18,10 @@ from mixhead.inspect.expert_use import expert_use
 from mixhead.models.moa import MoATransformerConfig, MoATransformerForConditionalGeneration
 from mixhead.tasks import moa_training
 from mixhead.tasks.masked_lm.train import load_masked_lm
+from mixhead.tasks.translation.config import TranslateConfig
 from mixhead.tasks.translation.scores import score_translations, split_compounds
 from mixhead.tasks.translation.train import TranslationConfig, train
-from mixhead.tasks.translation.translate import TranslateConfig, clean, load_translator, split_long, translate_lines
+from mixhead.tasks.translation.translate import clean, load_translator, split_long, translate_lines
 from mixhead.training.recipes import Recipe, read_recipe, settings_from, shipped_recipes
 
 ENGLISH = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

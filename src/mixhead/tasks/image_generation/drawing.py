@@ -21,7 +21,8 @@ from mixhead.data.latents import processes
 from mixhead.data.noised_images import square
 from mixhead.errors import MixheadError
 from mixhead.files import settle, write_bytes
-from mixhead.tasks.image_generation.sampling import OnProgress, SamplingConfig, class_names, grid, sample_images
+from mixhead.tasks.image_generation.sampling import OnProgress, class_names, grid, sample_images
+from mixhead.tasks.image_generation.sampling_config import SamplingConfig
 
 if TYPE_CHECKING:
     from mixhead.models.moh_dit import MoHDiTPipeline

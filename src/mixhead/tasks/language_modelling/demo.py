@@ -19,6 +19,7 @@ from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, convert
 from mixhead.data.text import text_source, token_windows
 from mixhead.recording import keep_routing
 from mixhead.tasks.language_modelling.comparison_table import Row, Table
+from mixhead.tasks.language_modelling.demo_config import DemoConfig
 from mixhead.tasks.language_modelling.evaluate import heads_of, perplexity
 from mixhead.tasks.language_modelling.lm_eval_tasks import evaluate_tasks, write_tasks
 from mixhead.tasks.language_modelling.tune import TuneConfig, tune
@@ -29,27 +30,6 @@ PROMPT = "My fellow Americans, the state of the Union is"
 
 OnProgress = Callable[[int, int], None]
 Bar = Callable[[str], AbstractContextManager[OnProgress]]
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """How much the demonstration does; the defaults take some eight minutes on two cores with bfloat16 units.
-
-    Attributes:
-        active_heads: of SmolLM2's 9 heads, the mean over its layers.
-        calibration_tokens: tokens that the routers are fitted to.
-        tuning_tokens: tokens that each of the three models is tuned on.
-        test_windows: windows of 512 held-out tokens for the perplexity.
-        questions: of each lm-eval task.
-        new_tokens: tokens that each model writes.
-    """
-
-    active_heads: int = 7
-    calibration_tokens: int = 8_192
-    tuning_tokens: int = 8_192
-    test_windows: int = 12
-    questions: int = 30
-    new_tokens: int = 80
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from mixhead.errors import MixheadError
 from mixhead.models.moa import MoATransformerConfig, MoATransformerForConditionalGeneration
 from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer, model_config
 from mixhead.tasks.precision import autocast_dtype
+from mixhead.tasks.translation.config import TranslateConfig
 from mixhead.tasks.translation.scores import TranslationScores, score_translations
-from mixhead.tasks.translation.translate import TranslateConfig, load_translator, translate_lines
+from mixhead.tasks.translation.translate import load_translator, translate_lines
 from mixhead.training.recipes import Recipe, settings_from
 from mixhead.training.run import open_run, run_training
 from mixhead.training.trainer import TrainingResult
