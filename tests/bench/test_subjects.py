@@ -33,10 +33,10 @@ def spec_of(kind, direction, dtype="float32", routing="random"):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """An engine that looks at the values of the wrong positions."""
+    """An engine whose result has the wrong sign: far off, whatever the weights are."""
 
     def attend(q, k, v, *routing, **keywords):
-        return dense.attend(q, k, v.roll(1, dims=2), *routing, **keywords)
+        return dense.attend(q, k, -v, *routing, **keywords)
 
     monkeypatch.setitem(IMPLEMENTATIONS, "broken", attend)
     return "broken"

@@ -31,7 +31,7 @@ def words(first: int, last: int) -> str:
 
 
 def test_packed_addresses_stay_below_three_megabytes() -> None:
-    packed = [entry for entry in (files("mixhead.tasks") / "data").iterdir() if entry.name.startswith("addresses")]
+    packed = [entry for entry in files("mixhead.data").iterdir() if entry.name.startswith("addresses")]
     assert sum(len(entry.read_bytes()) for entry in packed) <= 3_000_000
 
 
