@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import typer
 from rich.console import Console
@@ -63,7 +66,8 @@ app.command("demo")(demo.demo)
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; a user's mistake is printed as its sentence, without a traceback."""
     try:
-        app(list(arguments), prog_name="mixhead")
+        with log_on_standard_error():
+            app(list(arguments), prog_name="mixhead")
     except MixheadError as error:
         return refuse(str(error))
     except OSError as error:
@@ -75,6 +79,29 @@ def run(arguments: Sequence[str]) -> int:
         # typer ends every command this way, also after it has explained a wrong option (code 2) or Ctrl-C (130).
         return finished.code if isinstance(finished.code, int) else int(finished.code is not None)
     return 0
+
+
+@contextmanager
+def log_on_standard_error() -> Iterator[None]:
+    """What the library says beside its results, a line each."""
+    logger = logging.getLogger("mixhead")
+    level = logger.level
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogLine())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+class LogLine(logging.Formatter):
+    """The message; a warning says that it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}"
 
 
 def refuse(sentence: str) -> int:

@@ -54,7 +54,7 @@ def convert(
     from mixhead.interop import holds_dit, load_moh_llama, load_moh_vit
     from mixhead.models.moh_dit import PUBLISHED as PUBLISHED_DIT
     from mixhead.models.moh_vit import PUBLISHED, image_processor
-    from mixhead.tasks.precision import autocast_dtype
+    from mixhead.precision import autocast_dtype
 
     folder = model_folder(source)
     config = MoHConfig(

@@ -29,10 +29,10 @@ def evaluate(
     """Measures models on the same held-out text and prints perplexities beside the first model's."""
     from mixhead import store
     from mixhead.data.text import text_source
+    from mixhead.precision import autocast_dtype
     from mixhead.tasks.language_modelling.comparison_table import Row, Table
     from mixhead.tasks.language_modelling.evaluate import heads_of, perplexity
     from mixhead.tasks.language_modelling.lm_eval_tasks import evaluate_tasks, write_tasks
-    from mixhead.tasks.precision import autocast_dtype
 
     autocast = autocast_dtype(dtype)
     rows: list[Row] = []

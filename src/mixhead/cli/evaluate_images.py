@@ -33,10 +33,10 @@ def evaluate_images(
     """Measures an image classifier on labelled images; what cannot be read is left out and listed."""
     from mixhead.data.labelled_images import open_images, renumbered
     from mixhead.files import write_text
+    from mixhead.precision import autocast_dtype
     from mixhead.report.vision import accuracy_table, class_table, plot_confusion, plot_load, write_confusion
     from mixhead.tasks.image_classification.evaluate import evaluate_images as measure
     from mixhead.tasks.image_classification.evaluate import load_classifier
-    from mixhead.tasks.precision import autocast_dtype
 
     network, processor, names = load_classifier(model)
     images = renumbered(open_images(data, "test"), names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,11 +43,11 @@ def translate(
 ) -> None:
     """Translates text line by line: one line out for each line in, in order. Warnings go to standard error."""
     from mixhead.data.vocabulary import lines_of
-    from mixhead.tasks.precision import autocast_dtype
+    from mixhead.precision import autocast_dtype
     from mixhead.tasks.translation.translate import load_translator, translate_lines
 
     config = TranslateConfig(beams, length_penalty, batch_tokens, look_ahead, max_source_tokens, autocast_dtype(dtype))
-    with _warnings_on_standard_error(), _opened(output) as target:
+    with _opened(output) as target:
         network, tokenizer = load_translator(model)
         lines = _standard_input() if input == "-" else lines_of([Path(input)])
         for line in translate_lines(network, tokenizer, lines, config):
@@ -69,15 +68,14 @@ def evaluate_translation_verb(
 ) -> None:
     """Scores a model: sacreBLEU and chrF with their signatures, and BLEU as the papers of WMT14 count it."""
     from mixhead.data.sentence_pairs import read_pairs
-    from mixhead.tasks.precision import autocast_dtype
+    from mixhead.precision import autocast_dtype
     from mixhead.tasks.translation.train import evaluate_translation, spread
     from mixhead.tasks.translation.translate import load_translator
 
     pairs = spread(read_pairs(data, "test", languages), sentences)
     network, tokenizer = load_translator(model)
     config = TranslateConfig(beams=beams, length_penalty=length_penalty, dtype=autocast_dtype(dtype))
-    with _warnings_on_standard_error():
-        scores, seconds = evaluate_translation(network, tokenizer, pairs, config)
+    scores, seconds = evaluate_translation(network, tokenizer, pairs, config)
     table = Table("measure", "value", box=None)
     table.add_row("sentences", f"{scores.sentences:,}")
     table.add_row("sacreBLEU", f"{scores.bleu:.2f}")
@@ -168,17 +166,3 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _warnings_on_standard_error() -> Iterator[None]:
-    """What the library warns of, a line each."""
-    logger = logging.getLogger("mixhead")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
-    handler.setLevel(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)

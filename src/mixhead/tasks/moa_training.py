@@ -19,6 +19,7 @@ from mixhead.errors import MixheadError
 from mixhead.files import write_folder
 from mixhead.models.moa import MoAConfig, MoAEncoderConfig, MoATransformerConfig
 from mixhead.models.moa.modeling import MoAPreTrainedModel, step_share
+from mixhead.precision import Bf16
 from mixhead.training.checkpoints import checkpoints
 from mixhead.training.health import HEALTH
 from mixhead.training.trainer import CHECKPOINTING, RunMixin, training_arguments
@@ -39,7 +40,7 @@ class MoATrainConfig:
         learning_rate: of Adam, reached at the end of the warm-up; then it falls with 1 / sqrt(step).
         warmup_steps: in which the learning rate rises linearly.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        bf16: whether forward passes run under autocast to bfloat16.
+        bf16: whether forward passes run under autocast to bfloat16; "auto" where the machine multiplies it faster.
         gradient_checkpointing: keeps one activation per layer and computes the rest again.
         save_every: optimizer steps between checkpoints.
         average: the model is the mean of that many of the last checkpoints.
@@ -53,7 +54,7 @@ class MoATrainConfig:
     learning_rate: float = 7e-4
     warmup_steps: int = 4000
     max_grad_norm: float = 0.0
-    bf16: bool = True
+    bf16: Bf16 = "auto"
     gradient_checkpointing: bool = False
     save_every: int = 1000
     average: int = 10
@@ -92,7 +93,7 @@ class MoATrainer(RunMixin, Seq2SeqTrainer):
         **loss_settings: float,
     ) -> None:
         self.training, self.loss_settings = config, loss_settings
-        self.keep_checkpoints, self.bf16_autocast = config.average, config.bf16
+        self.keep_checkpoints, self.bf16 = config.average, config.bf16
         self.learning_rate_factor = config.factor
         arguments = training_arguments(
             run,

@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging as hf_logging
 
 from mixhead.errors import MixheadError
 from mixhead.files import remove_partial, write_text
+from mixhead.precision import takes_bfloat16
 from mixhead.training.checkpoints import checkpoints, step_of
 from mixhead.training.progress import ProgressBar, StepLog
 from mixhead.training.trainer import RunMixin
@@ -25,8 +27,9 @@ from mixhead.training.trainer import RunMixin
 logger = logging.getLogger(__name__)
 
 LOG = "log.csv"
+BF16 = "bf16"  # the key of a manifest that says what was settled; `settled_bf16` compares it
 # Settings that a run may be continued with in spite of a difference.
-HARMLESS = ("save_every", "keep_checkpoints", "dataloader_workers")
+HARMLESS = ("save_every", "keep_checkpoints", "dataloader_workers", BF16)
 
 
 def log_columns(trainer: RunMixin) -> tuple[str, ...]:
@@ -48,12 +51,15 @@ def open_run(trainer: RunMixin, manifest: str, passport: Mapping[str, Any], resu
         MixheadError: where the folder holds a run that shall not or cannot be continued, or cannot be written to.
     """
     run, path = trainer.run_folder, trainer.run_folder / manifest
-    asked = {**json.loads(json.dumps(passport)), "processes": trainer.accelerator.num_processes}
-    if path.exists():
-        if not resume:
-            raise MixheadError(
-                f"{run} holds a run already: continue it with resume=True (--resume), or give another folder."
-            )
+    begun = path.exists()
+    if begun and not resume:
+        raise MixheadError(
+            f"{run} holds a run already: continue it with resume=True (--resume), or give another folder."
+        )
+    trainer.bf16_autocast = settled_bf16(trainer, path if begun else None)
+    settled = {"processes": trainer.accelerator.num_processes, BF16: trainer.bf16_autocast}
+    asked = {**json.loads(json.dumps(passport)), **settled}
+    if begun:
         _check_same_run(path, asked)
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
@@ -68,17 +74,55 @@ def open_run(trainer: RunMixin, manifest: str, passport: Mapping[str, Any], resu
     return step_of(complete[-1]) if complete else 0
 
 
-def _check_same_run(manifest: Path, asked: Mapping[str, Any]) -> None:
+def settled_bf16(trainer: RunMixin, manifest: Path | None) -> bool:
+    """Whether a run computes in bfloat16: as it began, and a new one as this machine is faster.
+
+    Raises:
+        MixheadError: where another precision was asked for than the run began with.
+    """
+    answer: list[bool | str | None] = [None]
+    if trainer.accelerator.is_main_process:  # one process decides for all: their measurements may differ
+        before = None if manifest is None else _bf16_of(_read(manifest), trainer.former_bf16)
+        asked = trainer.bf16
+        if before is None:
+            answer = [takes_bfloat16(asked)]
+        elif asked in ("auto", before):
+            answer = [before]
+        else:
+            answer = [f"{BF16} was {before} and is {asked}"]
+    [settled] = broadcast_object_list(answer)
+    if isinstance(settled, str):
+        raise _other_settings(trainer.run_folder, settled)
+    return bool(settled)
+
+
+def _bf16_of(manifest: Mapping[str, Any], former: bool) -> bool:
+    """What a manifest says, of whichever version: there, with the settings, or not at all."""
+    for place in (manifest, manifest.get("config"), manifest.get("training")):
+        if isinstance(place, Mapping) and isinstance(place.get(BF16), bool):
+            return place[BF16]
+    return former
+
+
+def _read(manifest: Path) -> dict[str, Any]:
     try:
-        found = dict(_differences(json.loads(manifest.read_text(encoding="utf-8")), asked))
-    except (OSError, ValueError, AttributeError) as error:
+        return dict(json.loads(manifest.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise MixheadError(f"{manifest} cannot be read ({error}): give another folder for a new run.") from error
+
+
+def _other_settings(run: Path, differences: str) -> MixheadError:
+    return MixheadError(
+        f"The run in {run} cannot be continued with other settings ({differences}): "
+        "give the ones that it began with, or another folder."
+    )
+
+
+def _check_same_run(manifest: Path, asked: Mapping[str, Any]) -> None:
+    found = dict(_differences(_read(manifest), asked))
     if found:
         listed = "; ".join(f"{name} was {before!r} and is {now!r}" for name, (before, now) in found.items())
-        raise MixheadError(
-            f"The run in {manifest.parent} cannot be continued with other settings ({listed}): "
-            "give the ones that it began with, or another folder."
-        )
+        raise _other_settings(manifest.parent, listed)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mixhead.errors import MixheadError
 from mixhead.files import WRITE_ERRORS, remove, write_folder
+from mixhead.precision import Bf16
 from mixhead.recording.listen import routers_by_layer
 from mixhead.routing import Routing
 from mixhead.training.checkpoints import PREFIX, checkpoints, damaged, load_weights, step_of
@@ -92,7 +93,10 @@ class RunMixin(Trainer):
         unit: what `units_per_step` counts, in the plural ("tokens", "images").
         units_per_step: how many of them one optimizer step of all processes reads.
         keep_checkpoints: how many of the newest checkpoints stay on the disk.
-        bf16_autocast: whether the loss is computed under autocast to bfloat16.
+        bf16: whether the loss is to be computed under autocast to bfloat16; "auto" as this machine, or the run that is
+            continued, has it.
+        bf16_autocast: whether it is; `open_run` settles that.
+        former_bf16: what runs of earlier versions did that do not say it.
         learning_rate_factor: from a step (counted from 0) to its share of the learning rate; without it the schedule
             is the one that the arguments name.
     """
@@ -104,7 +108,9 @@ class RunMixin(Trainer):
     unit = "samples"
     units_per_step = 1
     keep_checkpoints = 2
+    bf16: Bf16 = False
     bf16_autocast = False
+    former_bf16 = True
     learning_rate_factor: Callable[[int], float] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

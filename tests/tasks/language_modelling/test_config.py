@@ -22,7 +22,7 @@ from mixhead.tasks.language_modelling.config import TuneConfig
         ({"distillation_weight": 1.1}, "distillation_weight=1.1 is a share"),
         ({"distillation_temperature": 2.0}, "has no effect"),
         ({"balance_coefficient": math.inf}, "balance_coefficient=inf"),
-        ({"bf16": 1}, "bf16=1 must be True or False"),
+        ({"bf16": 1}, "bf16=1 must be True, False or"),
         ({"keep_checkpoints": 0}, "keep_checkpoints=0"),
     ],
 )

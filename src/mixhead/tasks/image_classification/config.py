@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mixhead.data.augment import AugmentConfig
 from mixhead.errors import MixheadError
+from mixhead.precision import Bf16
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ImageTrainConfig:
         crop_share: in evaluation, the side of the crop as a share of the image's shorter side.
         unreadable: "refuse" reads all images before the first step and refuses where one cannot be read; "skip" reads
             another image in its place, and says so.
-        bf16: whether forward passes run under autocast to bfloat16.
+        bf16: whether forward passes run under autocast to bfloat16; "auto" where the machine multiplies it faster.
         gradient_checkpointing: keeps one activation per block and computes the rest again.
         fsdp: shards weights, gradients and optimizer over the processes (FSDP2) instead of copying them (DDP).
         dataloader_workers: processes that read images, for each training process.
@@ -63,7 +64,7 @@ class ImageTrainConfig:
     repeated_augmentation: int = 3
     crop_share: float = 0.875
     unreadable: Literal["refuse", "skip"] = "refuse"
-    bf16: bool = True
+    bf16: Bf16 = "auto"
     gradient_checkpointing: bool = False
     fsdp: bool = False
     dataloader_workers: int = 0

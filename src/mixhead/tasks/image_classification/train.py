@@ -57,7 +57,7 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
     metrics: dict[str, float | int | str] = {"training images": trainer.args.max_steps * trainer.units_per_step}
     metrics["training seconds"] = round(seconds, 1)
     if trainer.accelerator.is_main_process:
-        metrics |= measured(folder, test_images, config.bf16)
+        metrics |= measured(folder, test_images, trainer.bf16_autocast)
     trainer.accelerator.wait_for_everyone()
     return TrainingResult(folder, metrics)
 

@@ -41,7 +41,7 @@ class ImageTrainer(RunMixin):
         run: Path,
     ) -> None:
         self.training, self.processor = config, processor
-        self.keep_checkpoints, self.bf16_autocast = config.keep_checkpoints, config.bf16
+        self.keep_checkpoints, self.bf16 = config.keep_checkpoints, config.bf16
         arguments = training_arguments(
             run,
             per_device_train_batch_size=config.batch_size,
@@ -148,7 +148,7 @@ class Evaluations(TrainerCallback):
         if state.global_step % (self.every * args.save_steps):
             return
         trainer = self.trainer
-        autocast = torch.bfloat16 if trainer.training.bf16 else None
+        autocast = torch.bfloat16 if trainer.bf16_autocast else None
         result = evaluate_images(trainer.base_model, trainer.processor, self.images, 256, autocast=autocast)
         right = int(result.confusion_CL.diagonal().sum())
         counts = torch.tensor([result.images, right, result.top5], dtype=torch.float64, device=args.device)

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from mixhead.data.noised_images import NoisedOrder, NoisingConfig, TrainingInputs
 from mixhead.errors import MixheadError
 from mixhead.models.moh_dit import MoHDiT
+from mixhead.precision import Bf16
 from mixhead.routing import Routing, mean_balance_loss
 from mixhead.tasks.image_generation.diffusion import GaussianDiffusion, PredictionType
 from mixhead.training.checkpoints import damaged, step_of
@@ -45,7 +46,7 @@ class TrainingSettings:
             (the image); see `GaussianDiffusion`.
         class_dropout: share of the samples that lose their class, for guidance.
         balance_coefficient: weight of the balance loss.
-        bf16: whether forward and backward run in bfloat16.
+        bf16: whether forward and backward run in bfloat16; "auto" where the machine multiplies it faster.
         gradient_checkpointing: less memory, a third more computation.
         seed: of the weights, the order of the images and their noise.
         save_every: optimizer steps between checkpoints.
@@ -64,7 +65,7 @@ class TrainingSettings:
     prediction_type: PredictionType = "epsilon"
     class_dropout: float = 0.1
     balance_coefficient: float = 0.01
-    bf16: bool = False
+    bf16: Bf16 = False
     gradient_checkpointing: bool = False
     seed: int = 0
     save_every: int = 50_000
@@ -117,6 +118,7 @@ class DiffusionTrainer(RunMixin, Trainer):
     """
 
     columns = ("loss", "noise", "bound", *HEALTH)
+    former_bf16 = False
     unit = "images"
 
     def __init__(
@@ -128,7 +130,7 @@ class DiffusionTrainer(RunMixin, Trainer):
         run: Path,
     ) -> None:
         self.diffusion, self.settings = diffusion, settings
-        self.keep_checkpoints, self.bf16_autocast = settings.keep_checkpoints, settings.bf16
+        self.keep_checkpoints, self.bf16 = settings.keep_checkpoints, settings.bf16
         model.gradient_checkpointing = settings.gradient_checkpointing
         arguments = training_arguments(
             run,

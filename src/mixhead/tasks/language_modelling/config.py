@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from mixhead.errors import MixheadError
+
+if TYPE_CHECKING:
+    from mixhead.precision import Bf16
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -27,7 +30,8 @@ class TuneConfig:
         warmup: share of all steps in which the learning rate rises linearly, in [0, 1).
         weight_decay: of AdamW; biases, norms and routers are exempt.
         max_grad_norm: gradients are scaled down to this norm; infinity leaves them.
-        bf16: the forward pass runs under autocast to bfloat16; weights and optimizer stay as they are.
+        bf16: whether the forward pass runs under autocast to bfloat16; "auto" where the machine multiplies it faster.
+            Weights and optimizer stay as they are.
         gradient_checkpointing: keeps one activation per layer and computes the rest again: less memory, a third slower.
         distillation_weight: share w, in [0, 1], of the distillation in the loss, which is
             (1 - w) * cross entropy + w * temperature^2 KL(teacher || student) + balance loss.
@@ -51,7 +55,7 @@ class TuneConfig:
     warmup: float = 0.03
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    bf16: bool = True
+    bf16: Bf16 = "auto"
     gradient_checkpointing: bool = False
     distillation_weight: float = 0.0
     distillation_temperature: float = 1.0
@@ -67,9 +71,10 @@ class TuneConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise MixheadError(f"{name}={value!r} must be a whole number of at least {least}.")
-        for name in ("bf16", "gradient_checkpointing"):
-            if not isinstance(getattr(self, name), bool):
-                raise MixheadError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if not isinstance(self.bf16, bool) and self.bf16 != "auto":
+            raise MixheadError(f'bf16={self.bf16!r} must be True, False or "auto".')
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise MixheadError(f"gradient_checkpointing={self.gradient_checkpointing!r} must be True or False.")
         for name in ("learning_rate", "max_grad_norm", "distillation_temperature"):
             self._check_number(name, positive=True, infinity=name == "max_grad_norm")
         for name in ("final_learning_rate", "router_learning_rate_factor", "weight_decay", "warmup"):

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mixhead import store
 from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, convert
 from mixhead.data.text import text_source, token_windows
+from mixhead.precision import autocast_dtype
 from mixhead.recording import keep_routing
 from mixhead.tasks.language_modelling.comparison_table import Row, Table
 from mixhead.tasks.language_modelling.demo_config import DemoConfig
 from mixhead.tasks.language_modelling.evaluate import heads_of, perplexity
 from mixhead.tasks.language_modelling.lm_eval_tasks import evaluate_tasks, write_tasks
 from mixhead.tasks.language_modelling.tune import TuneConfig, tune
-from mixhead.tasks.precision import autocast_dtype
 
 WINDOW = 512
 PROMPT = "My fellow Americans, the state of the Union is"
@@ -128,7 +128,7 @@ class Demo:
         """Tunes in place, anew at every run of the demonstration; returns the seconds."""
         self.say(f"Tuning: {name}")
         run = self.out / "runs" / name.replace(" ", "-")
-        config = TuneConfig(tokens=self.tokens, save_every=1_000_000, bf16=autocast_dtype() is not None)
+        config = TuneConfig(tokens=self.tokens, save_every=1_000_000)
         return tune(model, windows_WT, config, fresh(run)).seconds
 
     def row(

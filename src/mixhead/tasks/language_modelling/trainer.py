@@ -59,7 +59,7 @@ class TuneTrainer(RunMixin):
         self, model: nn.Module, config: TuneConfig, windows_WT: Tensor, run: Path, teacher: nn.Module | None
     ) -> None:
         self.tuning, self.teacher = config, teacher
-        self.keep_checkpoints, self.bf16_autocast = config.keep_checkpoints, config.bf16
+        self.keep_checkpoints, self.bf16 = config.keep_checkpoints, config.bf16
         per_step = config.batch_size * config.gradient_accumulation
         arguments = training_arguments(
             run,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixhead.data.aligned_pages import SentencePair
@@ -21,7 +22,6 @@ from mixhead.data.vocabulary import vocabulary_for
 from mixhead.errors import MixheadError
 from mixhead.models.moa import MoATransformerConfig, MoATransformerForConditionalGeneration
 from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer, model_config
-from mixhead.tasks.precision import autocast_dtype
 from mixhead.tasks.translation.config import TranslateConfig
 from mixhead.tasks.translation.scores import TranslationScores, score_translations
 from mixhead.tasks.translation.translate import load_translator, translate_lines
@@ -101,7 +101,8 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
     if trainer.accelerator.is_main_process:
         network, tokenizer = load_translator(folder)
         for name, test in tests.items():
-            metrics |= tested(network, tokenizer, name, spread(test, config.test_sentences), config)
+            some = spread(test, config.test_sentences)
+            metrics |= tested(network, tokenizer, name, some, config, trainer.bf16_autocast)
     trainer.accelerator.wait_for_everyone()
     return TrainingResult(folder, metrics)
 
@@ -119,12 +120,13 @@ def tested(
     name: str,
     pairs: Sequence[SentencePair],
     config: TranslationConfig,
+    bf16: bool,
 ) -> dict[str, float | int | str]:
     """The scores on one test as metrics."""
     how = TranslateConfig(
         beams=config.beams,
         length_penalty=config.length_penalty,
-        dtype=autocast_dtype("auto" if config.bf16 else "float32"),
+        dtype=torch.bfloat16 if bf16 else None,
     )
     scores, seconds = evaluate_translation(model, tokenizer, pairs, how)
     return {
