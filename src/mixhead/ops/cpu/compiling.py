@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -30,8 +29,9 @@ from mixhead.errors import MixheadError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "source"
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
-OPENMP = "-fopenmp"
+# The stable ABI of the oldest PyTorch that is supported: one library serves that version and every later one.
+TARGET = "-DTORCH_TARGET_VERSION=0x020d000000000000"
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w", TARGET)
 TIMEOUT_S = 600
 
 # Instruction sets, the best first, with the flags that let the compiler use them.
@@ -171,31 +171,19 @@ def compile_command(level: str) -> list[str]:
     return [
         compiler,
         *FLAGS,
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         *(LEVELS[level] if platform.machine().lower() in ("x86_64", "amd64") else ()),
         f"-I{home / 'include'}",
-        *openmp(compiler),
     ]
-
-
-def openmp(compiler: str) -> list[str]:
-    """What makes PyTorch's `parallel_for`, a template of its headers, use threads.
-
-    GCC's calls are then bound to the OpenMP library that PyTorch brings along, so nothing is linked: a second one would
-    have a second set of threads. Other compilers call another library; there the kernel runs on one thread.
-    """
-    return [OPENMP] if sys.platform == "linux" and "clang" not in Path(compiler).name else []
 
 
 def compile_into(path: Path, command: list[str]) -> None:
     """Compiles beside `path`, all sources at once, and moves the result there in one step, its checksum first."""
-    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder, ThreadPoolExecutor() as pool:
         objects = {source: Path(folder) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
         list(pool.map(lambda source: compile_file([*command, "-c", str(source)], objects[source]), objects))
         made = Path(folder) / "kernel.so"
-        link = [argument for argument in command if argument != OPENMP]
-        compile_file([*link, "-shared", *map(str, objects.values()), *libraries], made)
+        compile_file([*command, "-shared", *map(str, objects.values()), *libraries], made)
         checksum = Path(folder) / "checksum"
         checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         checksum.replace(path.with_suffix(".sha256"))

@@ -1,39 +1,24 @@
 // The PyTorch side of aggregated attention: tensors to views, threads, and the two operators of the library `mixhead`.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <memory>
 
 #include "aggregated.h"
+#include "tensor.h"
 
 namespace mixhead {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-Tensor unit_stride(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
-
-View<const float> view(const Tensor& x) { return {x.const_data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)}; }
-View<float> writable(const Tensor& x) { return {x.data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)}; }
-
 // The rows of every (b, h) that select it, in order.
 RowLists list_rows(const Map& s, const OptionalTensor& selected) {
   const int64_t lists = s.B * s.H;
-  const bool* data = selected ? selected->const_data_ptr<bool>() : nullptr;
+  const View<const bool> of = selected ? view_of_gates<const bool>(*selected) : View<const bool>{};
   RowLists rows;
   rows.start.assign(lists + 1, 0);
   rows.code.reserve(lists * s.N + 1);
   for (int64_t bh = 0; bh < lists; ++bh) {
     for (int64_t n = 0; n < s.N; ++n) {
-      if (!data || data[bh / s.H * selected->stride(0) + n * selected->stride(1) + bh % s.H * selected->stride(2)]) {
-        rows.code.push_back(int32_t(n));
-      }
+      if (!of.data || *of.at(bh / s.H, bh % s.H, n)) rows.code.push_back(int32_t(n));
     }
     rows.start[bh + 1] = int64_t(rows.code.size());
   }
@@ -56,12 +41,12 @@ std::vector<float> log_of_keys(const Map& s) {
 // Indices [queries][keys] below `limit`, as [keys][queries] and times `factor`.
 std::vector<int32_t> turned(const Tensor& index, int64_t limit, int64_t factor) {
   const int64_t queries = index.size(0), keys = index.size(1);
-  const int64_t* data = index.const_data_ptr<int64_t>();
+  const int64_t *data = data_of<const int64_t>(index), row = index.stride(0), column = index.stride(1);
   std::vector<int32_t> to(queries * keys);
   for (int64_t i = 0; i < queries; ++i) {
     for (int64_t j = 0; j < keys; ++j) {
-      const int64_t at = data[i * index.stride(0) + j * index.stride(1)];
-      TORCH_CHECK(at >= 0 && at < limit, "an index of the pool bias lies outside of its table");
+      const int64_t at = data[i * row + j * column];
+      require(at >= 0 && at < limit, "an index of the pool bias lies outside of its table");
       to[j * queries + i] = int32_t(at * factor);
     }
   }
@@ -85,14 +70,14 @@ struct Call {
        const Tensor& temperature_, const Tensor& local_bias_, const Tensor& pool_bias_, const Tensor& tokens_,
        const Tensor& learnable_bias_, const Tensor& row_index, const Tensor& column_index)
       : q(unit_stride(q_)), k(unit_stride(k_)), v(unit_stride(v_)), pool_k(unit_stride(pool_k_)),
-        pool_v(unit_stride(pool_v_)), gates(gates_), selected(selected_), embedding(embedding_.contiguous()),
-        temperature(temperature_.contiguous()), local_bias(local_bias_.contiguous()),
-        pool_bias(pool_bias_.contiguous()), tokens(tokens_.contiguous()), learnable_bias(learnable_bias_.contiguous()) {
+        pool_v(unit_stride(pool_v_)), gates(gates_), selected(selected_), embedding(as_contiguous(embedding_)),
+        temperature(as_contiguous(temperature_)), local_bias(as_contiguous(local_bias_)),
+        pool_bias(as_contiguous(pool_bias_)), tokens(as_contiguous(tokens_)), learnable_bias(as_contiguous(learnable_bias_)) {
     const int64_t window = std::lround(std::sqrt(double(local_bias.size(1))));
     s = {q.size(0), q.size(1), q.size(2), pool_k.size(2), q.size(3), Y, q.size(2) / Y, window,
          row_index.size(1), column_index.size(1), pool_bias.size(1), pool_bias.size(2)};
-    TORCH_CHECK(s.places() <= kMostPlaces, "the window has more than ", kMostPlaces, " places");
-    TORCH_CHECK(s.D <= kMostVectors * kLanes, "heads are wider than ", kMostVectors * kLanes);
+    require(s.places() <= kMostPlaces, "the window has too many places");
+    require(s.D <= kMostVectors * kLanes, "the heads are too wide");
     rows = list_rows(s, selected);
     blocks = cut_into_blocks(rows);
     logs = log_of_keys(s);
@@ -105,28 +90,28 @@ struct Call {
   Aggregated<V> kernel(const Tensor& stats) {
     Aggregated<V> kernel;
     kernel.s = s;
-    kernel.q = view(q);
-    kernel.k = view(k);
-    kernel.v = view(v);
-    kernel.pool_k = view(pool_k);
-    kernel.pool_v = view(pool_v);
+    kernel.q = view<const float>(q);
+    kernel.k = view<const float>(k);
+    kernel.v = view<const float>(v);
+    kernel.pool_k = view<const float>(pool_k);
+    kernel.pool_v = view<const float>(pool_v);
     kernel.gates = {};
-    if (gates) kernel.gates = {gates->const_data_ptr<float>(), gates->stride(0), gates->stride(2), gates->stride(1)};
-    kernel.embedding = embedding.const_data_ptr<float>();
-    kernel.temperature = temperature.const_data_ptr<float>();
-    kernel.local_bias = local_bias.const_data_ptr<float>();
-    kernel.pool_bias = pool_bias.const_data_ptr<float>();
-    kernel.tokens = tokens.const_data_ptr<float>();
-    kernel.learnable_bias = learnable_bias.const_data_ptr<float>();
+    if (gates) kernel.gates = view_of_gates<const float>(*gates);
+    kernel.embedding = data_of<const float>(embedding);
+    kernel.temperature = data_of<const float>(temperature);
+    kernel.local_bias = data_of<const float>(local_bias);
+    kernel.pool_bias = data_of<const float>(pool_bias);
+    kernel.tokens = data_of<const float>(tokens);
+    kernel.learnable_bias = data_of<const float>(learnable_bias);
     kernel.row_start = row_start.data();
     kernel.column = column.data();
     kernel.rows = &rows;
-    kernel.stats = stats.data_ptr<float>();
+    kernel.stats = data_of<float>(stats);
     kernel.inverse_k = lengths.get();
     kernel.inverse_pool_k = kernel.inverse_k + s.B * s.H * s.N;
     kernel.unit_pool_k = kernel.inverse_pool_k + s.B * s.H * s.T;
     kernel.log_keys = logs.data();
-    at::parallel_for(0, s.B * s.H, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(s.B * s.H, 1, [&](int64_t begin, int64_t end) {
       for (int64_t bh = begin; bh < end; ++bh) kernel.measure_keys(bh);
     });
     return kernel;
@@ -137,13 +122,12 @@ struct Call {
 void clear_unselected(const Call& call, const View<float>& out) {
   if (!call.selected) return;
   const Map& s = call.s;
-  const bool* data = call.selected->const_data_ptr<bool>();
-  const int64_t sb = call.selected->stride(0), sn = call.selected->stride(1), sh = call.selected->stride(2);
-  at::parallel_for(0, s.B * s.N, 256, [&](int64_t begin, int64_t end) {
+  const View<const bool> selected = view_of_gates<const bool>(*call.selected);
+  parallel_for(s.B * s.N, 256, [&](int64_t begin, int64_t end) {
     for (int64_t bn = begin; bn < end; ++bn) {
       for (int64_t h = 0; h < s.H; ++h) {
         const int64_t b = bn / s.N, n = bn % s.N;
-        if (!data[b * sb + n * sn + h * sh]) std::memset(out.at(b, h, n), 0, s.D * sizeof(float));
+        if (!*selected.at(b, h, n)) std::memset(out.at(b, h, n), 0, s.D * sizeof(float));
       }
     }
   });
@@ -152,9 +136,9 @@ void clear_unselected(const Call& call, const View<float>& out) {
 template <int V>
 void run_forward(Call& call, const Tensor& out, const Tensor& stats) {
   const Aggregated<V> kernel = call.kernel<V>(stats);
-  const View<float> to = writable(out);
+  const View<float> to = view<float>(out);
   clear_unselected(call, to);
-  at::parallel_for(0, int64_t(call.blocks.size()), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(int64_t(call.blocks.size()), 1, [&](int64_t begin, int64_t end) {
     Arena arena(kernel.bytes(false));
     auto memory = kernel.memory(arena, false);
     for (int64_t i = begin; i < end; ++i) kernel.forward(memory, call.blocks[i], to);
@@ -167,12 +151,12 @@ template <int V>
 void run_backward(Call& call, const Tensor& grad, const Tensor& stats, const typename Aggregated<V>::Gradients& to) {
   const Aggregated<V> kernel = call.kernel<V>(stats);
   const Map& s = call.s;
-  const View<const float> from = view(grad);
+  const View<const float> from = view<const float>(grad);
   clear_unselected(call, to.q);
   std::vector<size_t> first(s.B * s.H + 1, 0);
   for (const BlockOfRows& block : call.blocks) ++first[block.bk + 1];
   for (int64_t bh = 0; bh < s.B * s.H; ++bh) first[bh + 1] += first[bh];
-  at::parallel_for(0, s.B * s.H, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(s.B * s.H, 1, [&](int64_t begin, int64_t end) {
     Arena arena(kernel.bytes(true));
     auto memory = kernel.memory(arena, true);
     for (int64_t bh = begin; bh < end; ++bh) {
@@ -193,10 +177,6 @@ void with_vectors(int64_t D, Body body) {
   }
 }
 
-Tensor empty_by_token(const Tensor& x) {
-  return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
-}
-
 std::tuple<Tensor, Tensor> aggregate(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pool_k,
                                      const Tensor& pool_v, const OptionalTensor& gates, const OptionalTensor& selected,
                                      int64_t Y, const Tensor& embedding, const Tensor& temperature,
@@ -205,7 +185,7 @@ std::tuple<Tensor, Tensor> aggregate(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& column_index) {
   Call call(q, k, v, pool_k, pool_v, gates, selected, Y, embedding, temperature, local_bias, pool_bias, tokens,
             learnable_bias, row_index, column_index);
-  Tensor out = empty_by_token(q), stats = at::zeros({2, q.size(0), q.size(1), q.size(2)}, q.options());
+  Tensor out = empty_by_token(q), stats = zeros({2, q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   with_vectors(call.s.D, [&](auto vectors) { run_forward<vectors.value>(call, out, stats); });
   return {out, stats};
 }
@@ -220,31 +200,31 @@ std::vector<Tensor> aggregate_backward(const Tensor& grad, const Tensor& q, cons
             learnable_bias, row_index, column_index);
   std::vector<Tensor> d;
   for (const Tensor* x : {&q, &k, &v, &pool_k, &pool_v}) d.push_back(empty_by_token(*x));
-  d.push_back(gates ? at::zeros(gates->sizes(), gates->options()) : at::zeros({0}, q.options()));
+  d.push_back(gates ? zeros(gates->sizes(), gates->scalar_type()) : empty({0}, q.scalar_type()));
   for (const Tensor* x : {&embedding, &temperature, &local_bias, &pool_bias, &tokens, &learnable_bias}) {
-    std::vector<int64_t> sizes = x->sizes().vec();
+    std::vector<int64_t> sizes(x->sizes().begin(), x->sizes().end());
     sizes.insert(sizes.begin(), q.size(0));
-    d.push_back(at::zeros(sizes, x->options()));
+    d.push_back(zeros(sizes, x->scalar_type()));
   }
   View<float> d_gates;
-  if (gates) d_gates = {d[5].data_ptr<float>(), d[5].stride(0), d[5].stride(2), d[5].stride(1)};
+  if (gates) d_gates = view_of_gates<float>(d[5]);
   const Tensor from = unit_stride(grad);
   with_vectors(call.s.D, [&](auto vectors) {
     run_backward<vectors.value>(call, from, stats,
-                                {writable(d[0]), writable(d[1]), writable(d[2]), writable(d[3]), writable(d[4]), d_gates,
-                                 d[6].data_ptr<float>(), d[7].data_ptr<float>(), d[8].data_ptr<float>(),
-                                 d[9].data_ptr<float>(), d[10].data_ptr<float>(), d[11].data_ptr<float>()});
+                                {view<float>(d[0]), view<float>(d[1]), view<float>(d[2]), view<float>(d[3]), view<float>(d[4]), d_gates,
+                                 data_of<float>(d[6]), data_of<float>(d[7]), data_of<float>(d[8]),
+                                 data_of<float>(d[9]), data_of<float>(d[10]), data_of<float>(d[11])});
   });
-  for (size_t i = 6; i < d.size(); ++i) d[i] = d[i].sum(0);
+  for (size_t i = 6; i < d.size(); ++i) d[i] = sum_of_images(d[i]);
   return d;
 }
 
 }  // namespace
 
 // The schemas, the fake and the autograd formulas are in Python, where they need no compiler.
-TORCH_LIBRARY_IMPL(mixhead, CPU, library) {
-  library.impl("aggregate_cpu", aggregate);
-  library.impl("aggregate_cpu_backward", aggregate_backward);
+STABLE_TORCH_LIBRARY_IMPL(mixhead, CPU, library) {
+  library.impl("aggregate_cpu", MIXHEAD_OPERATOR(aggregate));
+  library.impl("aggregate_cpu_backward", MIXHEAD_OPERATOR(aggregate_backward));
 }
 
 }  // namespace mixhead

@@ -1,20 +1,12 @@
 // The PyTorch side of the projections: tensors to views, lists of selected rows, threads, and four operators.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <cstddef>
 
 #include "projections.h"
+#include "tensor.h"
 
 namespace mixhead {
 namespace {
-
-using at::Tensor;
-using Optional = std::optional<Tensor>;
 
 // The rows of each head. `head_of(r, s)` is the head in a slot; what is no head leaves it empty.
 template <class HeadOf>
@@ -43,28 +35,27 @@ Selection list_rows(int64_t H, int64_t R, int64_t S, HeadOf head_of) {
 
 // A choice is bool [B, N, H], which heads a token uses, or int64 [B, N, S], which head stands in each of its slots.
 Selection list_rows(int64_t H, const Tensor& choice) {
-  const Tensor whole = choice.contiguous();
+  const Tensor whole = as_contiguous(choice);
   const int64_t R = whole.size(0) * whole.size(1), S = whole.size(2);
-  if (whole.scalar_type() == at::kBool) {
-    const bool* selected = whole.const_data_ptr<bool>();
+  if (whole.scalar_type() == ScalarType::Bool) {
+    const bool* selected = data_of<const bool>(whole);
     return list_rows(H, R, S, [=](int64_t r, int64_t h) { return selected[r * S + h] ? h : H; });
   }
-  const int64_t* head = whole.const_data_ptr<int64_t>();
+  const int64_t* head = data_of<const int64_t>(whole);
   return list_rows(H, R, S, [=](int64_t r, int64_t s) { return head[r * S + s]; });
 }
 
 template <class T>
 HeadRows<T> head_rows(const Tensor& x_BHND) {
-  return {{static_cast<T*>(x_BHND.data_ptr()), x_BHND.stride(0), x_BHND.stride(1), x_BHND.stride(2)}, x_BHND.size(2)};
+  return {view<T>(x_BHND), x_BHND.size(2)};
 }
 
-Tensor unit_stride(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
-
 // [B, S, N, D] with the slots of a token side by side; zero where there are empty ones.
-Tensor rows_by_token(const Tensor& choice, const Selection& selection, int64_t D, const at::TensorOptions& options) {
-  const at::DimVector sizes{choice.size(0), choice.size(1), choice.size(2), D};
-  const bool full = int64_t(selection.row.size()) == choice.numel();
-  return (full ? at::empty(sizes, options) : at::zeros(sizes, options)).transpose(1, 2);
+Tensor rows_by_token(const Tensor& choice, const Selection& selection, int64_t D, ScalarType type) {
+  const Sizes slots = choice.sizes();
+  Tensor rows = empty_by_token({slots[0], slots[2], slots[1], D}, type);
+  if (int64_t(selection.row.size()) < choice.numel()) clear(rows);
+  return rows;
 }
 
 template <class T>
@@ -78,51 +69,53 @@ struct Units<BFloat> : MatrixUnits {};
 template <class T>
 struct Call {
   Selection selection;
-  Tensor weight, gates;
+  Tensor weight;
+  OptionalTensor gates;
   Projection<T> projection;
 
-  Call(const Tensor& weight_HDC, const Tensor& choice, const Optional& gates_BNS)
+  Call(const Tensor& weight_HDC, const Tensor& choice, const OptionalTensor& gates_BNS)
       : selection(list_rows(weight_HDC.size(0), choice)),
         weight(weight_HDC),
-        gates(gates_BNS ? gates_BNS->contiguous() : Tensor()) {
+        gates(as_contiguous(gates_BNS)) {
     projection = {weight.size(0), choice.size(2),  weight.size(1), weight.size(2), choice.size(0) * choice.size(1),
                   &selection};
-    if (gates.defined()) projection.gates = gates.const_data_ptr<float>();
+    if (gates) projection.gates = data_of<const float>(*gates);
   }
 
   Weights<const T> weights_of_heads() const {
-    return {static_cast<const T*>(weight.data_ptr()), weight.stride(0), weight.stride(1), weight.stride(2)};
+    const Sizes strides = weight.strides();
+    return {data_of<const T>(weight), strides[0], strides[1], strides[2]};
   }
 
   // Rows [B, N, C] to heads [B, S, N, D], into `to`.
-  void to_heads(const Tensor& from, const Optional& bias, const Tensor& to, const Optional& other, float* gate_gradient) {
+  void to_heads(const Tensor& from, const OptionalTensor& bias, const Tensor& to, const OptionalTensor& other, float* gate_gradient) {
     const auto target = head_rows<T>(to);
     const auto compared = other ? head_rows<const T>(*other) : HeadRows<const T>{};
     const auto pieces = projection.pieces();
-    const T* bias_data = bias ? static_cast<const T*>(bias->data_ptr()) : nullptr;
-    at::parallel_for(0, int64_t(pieces.size()), 1, [&](int64_t begin, int64_t end) {
+    const T* bias_data = bias ? data_of<const T>(*bias) : nullptr;
+    parallel_for(int64_t(pieces.size()), 1, [&](int64_t begin, int64_t end) {
       [[maybe_unused]] Units<T> units;
       auto memory = std::make_unique<typename Projection<T>::MemoryTo>();
       for (int64_t i = begin; i < end; ++i) {
-        projection.to_heads(pieces[i], static_cast<const T*>(from.data_ptr()), weights_of_heads(), bias_data, target,
+        projection.to_heads(pieces[i], data_of<const T>(from), weights_of_heads(), bias_data, target,
                             other ? &compared : nullptr, gate_gradient, *memory);
       }
     });
   }
 
   // Heads [B, S, N, D] to rows [B, N, C].
-  Tensor from_heads(const Tensor& from, const Optional& bias, at::IntArrayRef sizes) {
-    Tensor to = at::empty(sizes, from.options());
+  Tensor from_heads(const Tensor& from, const OptionalTensor& bias, Sizes sizes) {
+    Tensor to = empty(sizes, from.scalar_type());
     const auto source = head_rows<const T>(from);
-    const T* bias_data = bias ? static_cast<const T*>(bias->data_ptr()) : nullptr;
+    const T* bias_data = bias ? data_of<const T>(*bias) : nullptr;
     const int64_t columns = (projection.C + kColumns - 1) / kColumns;
     const int64_t rows = (projection.R + kRowsOfSum - 1) / kRowsOfSum;
-    at::parallel_for(0, rows * columns, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(rows * columns, 1, [&](int64_t begin, int64_t end) {
       [[maybe_unused]] Units<T> units;
       auto memory = std::make_unique<typename Projection<T>::MemoryFrom>();
       for (int64_t i = begin; i < end; ++i) {
         projection.from_heads(i / columns * kRowsOfSum, i % columns * kColumns, source, weights_of_heads(), bias_data,
-                              static_cast<T*>(to.data_ptr()), *memory);
+                              data_of<T>(to), *memory);
       }
     });
     return to;
@@ -130,14 +123,15 @@ struct Call {
 
   // The gradient of the weights, laid out as they are.
   Tensor weights(const Tensor& left_BHND, const Tensor& right) {
-    Tensor out = at::empty_like(weight);
-    const Weights<T> to{static_cast<T*>(out.data_ptr()), out.stride(0), out.stride(1), out.stride(2)};
+    Tensor out = torch::stable::empty_like(weight);
+    const Sizes strides = out.strides();
+    const Weights<T> to{data_of<T>(out), strides[0], strides[1], strides[2]};
     const auto left = head_rows<const T>(left_BHND);
-    at::parallel_for(0, projection.H, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(projection.H, 1, [&](int64_t begin, int64_t end) {
       [[maybe_unused]] Units<T> units;
       auto memory = std::make_unique<typename Projection<T>::MemoryWeights>();
       for (int64_t h = begin; h < end; ++h) {
-        projection.weights(h, left, static_cast<const T*>(right.data_ptr()), to, *memory);
+        projection.weights(h, left, data_of<const T>(right), to, *memory);
       }
     });
     return out;
@@ -148,9 +142,9 @@ struct Call {
 template <class T>
 Tensor sum_of_rows(const Call<T>& call, const Tensor& rows_BHND) {
   const int64_t H = call.projection.H, D = call.projection.D;
-  Tensor out = at::empty({H, D}, rows_BHND.options());
+  Tensor out = empty({H, D}, rows_BHND.scalar_type());
   const auto rows = head_rows<const T>(rows_BHND);
-  at::parallel_for(0, H, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(H, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(D);
     for (int64_t h = begin; h < end; ++h) {
       std::fill(sum.begin(), sum.end(), 0.f);
@@ -158,7 +152,7 @@ Tensor sum_of_rows(const Call<T>& call, const Tensor& rows_BHND) {
         const T* row = rows.at(call.selection.row[i], call.selection.slot[i]);
         for (int64_t d = 0; d < D; ++d) sum[d] += widen(row[d]);
       }
-      for (int64_t d = 0; d < D; ++d) narrow(sum[d], static_cast<T*>(out.data_ptr()) + h * D + d);
+      for (int64_t d = 0; d < D; ++d) narrow(sum[d], data_of<T>(out) + h * D + d);
     }
   });
   return out;
@@ -168,19 +162,19 @@ Tensor sum_of_rows(const Call<T>& call, const Tensor& rows_BHND) {
 template <class Body>
 auto with_type_of(const Tensor& x, Body body) {
 #if defined(__AVX512BF16__)
-  if (x.scalar_type() == at::kBFloat16) return body(BFloat{});
+  if (x.scalar_type() == ScalarType::BFloat16) return body(BFloat{});
 #endif
-  TORCH_CHECK(x.scalar_type() == at::kFloat, "the projections have no kernel for ", x.scalar_type());
+  require(x.scalar_type() == ScalarType::Float, "the projections have no kernel for this dtype");
   return body(0.f);
 }
 
-Tensor project_to_heads(const Tensor& hidden_BNC, const Tensor& weight_HDC, const Optional& bias_HD,
+Tensor project_to_heads(const Tensor& hidden_BNC, const Tensor& weight_HDC, const OptionalTensor& bias_HD,
                         const Tensor& choice) {
   return with_type_of(hidden_BNC, [&](auto number) {
-    const Tensor hidden = hidden_BNC.contiguous();
-    const Optional bias = bias_HD ? Optional(bias_HD->contiguous()) : std::nullopt;
+    const Tensor hidden = as_contiguous(hidden_BNC);
+    const OptionalTensor bias = as_contiguous(bias_HD);
     Call<decltype(number)> call(weight_HDC, choice, {});
-    Tensor out = rows_by_token(choice, call.selection, weight_HDC.size(1), hidden.options());
+    Tensor out = rows_by_token(choice, call.selection, weight_HDC.size(1), hidden.scalar_type());
     call.to_heads(hidden, bias, out, {}, nullptr);
     return out;
   });
@@ -190,18 +184,18 @@ std::tuple<Tensor, Tensor, Tensor> project_to_heads_backward(const Tensor& grad_
                                                              const Tensor& weight_HDC, const Tensor& choice,
                                                              bool has_bias) {
   return with_type_of(hidden_BNC, [&](auto number) {
-    const Tensor grad = unit_stride(grad_BSND), hidden = hidden_BNC.contiguous();
+    const Tensor grad = unit_stride(grad_BSND), hidden = as_contiguous(hidden_BNC);
     Call<decltype(number)> call(weight_HDC, choice, {});
-    const Tensor dbias = has_bias ? sum_of_rows(call, grad) : at::empty({0}, grad.options());
+    const Tensor dbias = has_bias ? sum_of_rows(call, grad) : empty({0}, grad.scalar_type());
     return std::make_tuple(call.from_heads(grad, {}, hidden.sizes()), call.weights(grad, hidden), dbias);
   });
 }
 
-Tensor project_from_heads(const Tensor& out_BSND, const Tensor& weight_HDC, const Optional& bias_C,
-                          const Tensor& choice, const Optional& gates_BNS) {
+Tensor project_from_heads(const Tensor& out_BSND, const Tensor& weight_HDC, const OptionalTensor& bias_C,
+                          const Tensor& choice, const OptionalTensor& gates_BNS) {
   return with_type_of(out_BSND, [&](auto number) {
     const Tensor out = unit_stride(out_BSND);
-    const Optional bias = bias_C ? Optional(bias_C->contiguous()) : std::nullopt;
+    const OptionalTensor bias = as_contiguous(bias_C);
     return Call<decltype(number)>(weight_HDC, choice, gates_BNS)
         .from_heads(out, bias, {choice.size(0), choice.size(1), weight_HDC.size(2)});
   });
@@ -209,25 +203,25 @@ Tensor project_from_heads(const Tensor& out_BSND, const Tensor& weight_HDC, cons
 
 std::tuple<Tensor, Tensor, Tensor> project_from_heads_backward(const Tensor& grad_BNC, const Tensor& out_BSND,
                                                                const Tensor& weight_HDC, const Tensor& choice,
-                                                               const Optional& gates_BNS) {
+                                                               const OptionalTensor& gates_BNS) {
   return with_type_of(out_BSND, [&](auto number) {
-    const Tensor grad = grad_BNC.contiguous(), out = unit_stride(out_BSND);
+    const Tensor grad = as_contiguous(grad_BNC), out = unit_stride(out_BSND);
     Call<decltype(number)> call(weight_HDC, choice, gates_BNS);
-    Tensor dout = rows_by_token(choice, call.selection, weight_HDC.size(1), out.options());
-    Tensor dgates = gates_BNS ? at::zeros(gates_BNS->sizes(), gates_BNS->options()) : at::empty({0}, grad.options());
-    call.to_heads(grad, {}, dout, gates_BNS ? Optional(out) : std::nullopt,
-                  gates_BNS ? dgates.mutable_data_ptr<float>() : nullptr);
+    Tensor dout = rows_by_token(choice, call.selection, weight_HDC.size(1), out.scalar_type());
+    Tensor dgates = gates_BNS ? zeros(gates_BNS->sizes(), gates_BNS->scalar_type()) : empty({0}, grad.scalar_type());
+    call.to_heads(grad, {}, dout, gates_BNS ? OptionalTensor(out) : std::nullopt,
+                  gates_BNS ? data_of<float>(dgates) : nullptr);
     return std::make_tuple(dout, call.weights(out, grad), dgates);
   });
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mixhead, CPU, library) {
-  library.impl("project_to_heads_cpu", project_to_heads);
-  library.impl("project_to_heads_cpu_backward", project_to_heads_backward);
-  library.impl("project_from_heads_cpu", project_from_heads);
-  library.impl("project_from_heads_cpu_backward", project_from_heads_backward);
+STABLE_TORCH_LIBRARY_IMPL(mixhead, CPU, library) {
+  library.impl("project_to_heads_cpu", MIXHEAD_OPERATOR(project_to_heads));
+  library.impl("project_to_heads_cpu_backward", MIXHEAD_OPERATOR(project_to_heads_backward));
+  library.impl("project_from_heads_cpu", MIXHEAD_OPERATOR(project_from_heads));
+  library.impl("project_from_heads_cpu_backward", MIXHEAD_OPERATOR(project_from_heads_backward));
 }
 
 }  // namespace mixhead
