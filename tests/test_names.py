@@ -10,8 +10,8 @@ import pytest
 
 import mixhead
 
-LAZY_PACKAGES = ["mixhead", "mixhead.convert", "mixhead.models.hugging_face", "mixhead.models.moa"]
-LAZY_PACKAGES += ["mixhead.models.moh_vit"]
+LAZY_PACKAGES = ["mixhead", "mixhead.convert"]
+LAZY_PACKAGES += ["mixhead.models", "mixhead.models.hugging_face", "mixhead.models.moa", "mixhead.models.moh_vit"]
 
 
 @pytest.mark.parametrize("name", LAZY_PACKAGES)
@@ -35,9 +35,12 @@ def test_type_checkers_and_python_read_the_same_names(name):
         assert isinstance(statement, ast.ImportFrom)
         home = importlib.import_module(statement.module)
         for alias in statement.names:
-            if home is not package:  # the package's own modules stand there as such
-                assert getattr(package, alias.name) is getattr(home, alias.name)
-            assert alias.name in package.__all__
+            found = getattr(package, alias.name)
+            if home is package:
+                assert found is sys.modules[f"{name}.{alias.name}"]
+            else:
+                assert found is getattr(home, alias.name)
+                assert alias.name in package.__all__
 
 
 def test_an_unknown_name_is_refused_as_python_does():
@@ -63,3 +66,16 @@ def test_star_import_brings_the_public_names():
     names: dict[str, object] = {}
     exec("from mixhead import *", names)
     assert {*mixhead.__all__} <= {*names}
+
+
+def test_rooms_are_attributes_of_the_root():
+    """`import mixhead` is enough for `mixhead.interop.from_official(...)`."""
+    rooms = ["interop", "models", "nn", "ops", "recording", "routing", "store"]
+    program = (
+        "import mixhead\n"
+        f"for room in {rooms}:\n"
+        "    print(getattr(mixhead, room).__name__)\n"
+        "print(mixhead.models.moh_vit.MoHTransNeXtConfig.model_type)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert run.stdout.split() == [*(f"mixhead.{room}" for room in rooms), "moh_vit"], run.stderr

@@ -7,7 +7,12 @@ from mixhead.lazy import loaded_on_use
 from mixhead.models.auto import register_when_needed
 
 if TYPE_CHECKING:
+    from mixhead import interop as interop
+    from mixhead import nn as nn
     from mixhead import ops
+    from mixhead import recording as recording
+    from mixhead import routing as routing
+    from mixhead import store as store
     from mixhead.convert import CalibrationConfig, CalibrationReport, MoHConfig, calibrate, convert, revert
     from mixhead.interop import from_official
     from mixhead.models.hugging_face import RoutingTrace
@@ -26,13 +31,13 @@ else:
             ".convert.calibration": ["CalibrationConfig", "CalibrationReport", "calibrate"],
             ".convert.config": ["MoHConfig"],
             ".convert.swap": ["convert", "revert"],
-            ".interop": ["from_official"],
+            ".interop": ["from_official", "interop"],
             ".models.hugging_face": ["RoutingTrace"],
-            ".nn": ["MixtureOfAttentionHeads", "MixtureOfHeadAttention"],
+            ".nn": ["MixtureOfAttentionHeads", "MixtureOfHeadAttention", "nn"],
             ".ops": ["ops"],
-            ".recording": ["Recording", "RoutingLog", "keep_routing", "record_routing"],
-            ".routing": ["Routing"],
-            ".store": ["load", "save"],
+            ".recording": ["Recording", "RoutingLog", "keep_routing", "record_routing", "recording"],
+            ".routing": ["Routing", "routing"],
+            ".store": ["load", "save", "store"],
         },
     )
 

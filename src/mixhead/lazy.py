@@ -18,7 +18,7 @@ def loaded_on_use(
     Args:
         package: its `__name__`.
         homes: for each module, written as in an import (".swap" lies inside the package), the names that the package
-            has from it; a module can give itself. No other name may be that of a module of the package: once imported,
+            has from it; a module may give itself. No other name may be that of a module of the package: once imported,
             the module would take its place.
     """
     home_of = {name: home for home, names in homes.items() for name in names}
