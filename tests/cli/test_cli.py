@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mixhead import precision
 from mixhead.cli.app import run
 from mixhead.data.text import text_source
 from mixhead.models.hugging_face import MoHModelMixin
@@ -84,6 +85,18 @@ def test_tune_saves_a_model_and_resumes(converted, text, tmp_path):
     assert len(log) == 1 + 4
     [model] = {file.parent for file in (tmp_path / "run").rglob("config.json") if "checkpoint" not in str(file)}
     assert isinstance(AutoModelForCausalLM.from_pretrained(model), MoHModelMixin)
+
+
+def test_tune_says_in_what_it_computes_and_keeps_to_it(converted, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(precision, "bfloat16_speed", lambda: 0.04)
+    precision.faster_in_bfloat16.cache_clear()
+    arguments = ["tune", str(converted), str(tmp_path / "run"), "--text", str(text), "--window", "32"]
+    arguments += ["--batch-size", "2", "--tokens", "64"]
+    assert run(arguments) == 0
+    assert "Computing in float32: products of matrices take 25 times as long" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "tune.json").read_text())["bf16"] is False
+    assert_refused([*arguments, "--resume", "--bf16"], capsys, "bf16 was False and is True")
+    precision.faster_in_bfloat16.cache_clear()
 
 
 def test_generate_is_repeatable_and_tells_the_heads(converted, capsys):
