@@ -13,8 +13,11 @@ import yaml
 from mixhead import MixheadError, precision
 from mixhead.precision import autocast_dtype
 from mixhead.tasks.image_classification.config import ImageTrainConfig
+from mixhead.tasks.image_classification.trainer import ImageTrainer
+from mixhead.tasks.image_generation.small_classifier import ClassifierTrainer
+from mixhead.tasks.image_generation.trainer import DiffusionTrainer
 from mixhead.tasks.language_modelling.config import TuneConfig
-from mixhead.tasks.moa_training import MoATrainConfig
+from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer
 from mixhead.training.recipes import shipped_recipes
 from mixhead.training.run import open_run
 
@@ -150,6 +153,11 @@ def test_runs_of_earlier_versions_go_on_as_they_began(machine, tmp_path, began, 
     now = {None: {"bf16": "auto"}, "untold": {"steps": 1}}.get(place, {place: {"bf16": "auto"}})
     machine(0.04 if began else 4.0)
     assert opened(tmp_path, "auto", now, former=began) is began
+
+
+def test_the_defaults_of_then():
+    assert ImageTrainer.former_bf16 and MoATrainer.former_bf16
+    assert not DiffusionTrainer.former_bf16 and not ClassifierTrainer.former_bf16
 
 
 def test_a_manifest_that_cannot_be_read_is_refused(machine, tmp_path):

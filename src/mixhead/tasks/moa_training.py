@@ -82,6 +82,7 @@ class MoATrainer(RunMixin, Seq2SeqTrainer):
 
     columns = ("loss", "task_loss", "auxiliary", *HEALTH)
     unit = "tokens"
+    former_bf16 = True
 
     def __init__(
         self,

@@ -80,20 +80,15 @@ def settled_bf16(trainer: RunMixin, manifest: Path | None) -> bool:
     Raises:
         MixheadError: where another precision was asked for than the run began with.
     """
-    answer: list[bool | str | None] = [None]
-    if trainer.accelerator.is_main_process:  # one process decides for all: their measurements may differ
-        before = None if manifest is None else _bf16_of(_read(manifest), trainer.former_bf16)
-        asked = trainer.bf16
-        if before is None:
-            answer = [takes_bfloat16(asked)]
-        elif asked in ("auto", before):
-            answer = [before]
-        else:
-            answer = [f"{BF16} was {before} and is {asked}"]
-    [settled] = broadcast_object_list(answer)
-    if isinstance(settled, str):
-        raise _other_settings(trainer.run_folder, settled)
-    return bool(settled)
+    asked = trainer.bf16
+    if manifest is None:
+        # One process decides for all: their measurements may differ.
+        [taken] = broadcast_object_list([takes_bfloat16(asked) if trainer.accelerator.is_main_process else None])
+        return bool(taken)
+    before = _bf16_of(_read(manifest), trainer.former_bf16)
+    if asked not in ("auto", before):
+        raise _other_settings(trainer.run_folder, f"{BF16} was {before} and is {asked}")
+    return before
 
 
 def _bf16_of(manifest: Mapping[str, Any], former: bool) -> bool:

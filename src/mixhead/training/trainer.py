@@ -110,7 +110,7 @@ class RunMixin(Trainer):
     keep_checkpoints = 2
     bf16: Bf16 = False
     bf16_autocast = False
-    former_bf16 = True
+    former_bf16 = False
     learning_rate_factor: Callable[[int], float] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -31,6 +31,7 @@ class ImageTrainer(RunMixin):
 
     columns = ("loss", "cross_entropy", *HEALTH)
     unit = "images"
+    former_bf16 = True
 
     def __init__(
         self,

@@ -118,7 +118,6 @@ class DiffusionTrainer(RunMixin, Trainer):
     """
 
     columns = ("loss", "noise", "bound", *HEALTH)
-    former_bf16 = False
     unit = "images"
 
     def __init__(
