@@ -109,6 +109,12 @@ def test_pipelines_and_compiled_models(folders):
     assert in_a_new_process(program, folders).split() == ["MoHTransNeXtForImageClassification", "2", "True"]
 
 
+def test_a_configuration_may_be_imported_before_transformers():
+    program = "import mixhead.models.hugging_face.configuration\nfrom transformers import CONFIG_MAPPING\n"
+    program += "print(*(name in CONFIG_MAPPING for name in ('mixhead', 'moa_encoder', 'moa_transformer', 'moh_vit')))"
+    assert in_a_new_process(program, ".") == "True True True True"
+
+
 def test_looking_up_the_table_of_configurations_is_not_loading_it():
     program = (
         "import importlib.util, mixhead, transformers\n"

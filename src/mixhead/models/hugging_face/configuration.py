@@ -11,7 +11,6 @@ import json
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mixhead.errors import MixheadError
 
@@ -30,6 +29,9 @@ class MixheadConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A configuration of the class that the checkpoint names."""
+        # Not above: this class is registered when that module is loaded.
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
         base_model_type = config_dict.get("base_model_type")
         if base_model_type not in CONFIG_MAPPING:
             raise MixheadError(
