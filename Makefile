@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help
 help:  ## Say what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The demonstration needs part of what the tests need, so the environment grows in two steps. A stamp is written last
 # and taken away first. Without it, the environment was never finished, and an installer may take a half-unpacked
@@ -64,6 +64,10 @@ test: $(DEV_STAMP)  ## Check style, types and behaviour
 	@$(MAKE) --no-print-directory types
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+.PHONY: test-versions
+test-versions: $(DEV_STAMP)  ## Run the fast tests with other versions of Python and PyTorch
+	@$(BIN)/nox $(NOX_ARGS)
+
 # Triton stays out of .venv: it is large, and a resolver may replace the CPU build of PyTorch for it. The second
 # environment holds nothing else, and sees the packages of the first.
 $(TRITON)/.complete: $(DEV_STAMP)
@@ -96,5 +100,5 @@ format: $(DEV_STAMP)  ## Put style right
 
 .PHONY: clean
 clean:  ## Remove the environment and all caches
-	@rm -rf $(VENV) $(TRITON) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(TRITON) .nox build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,8 +34,9 @@ hypothesis.settings.load_profile("mixhead")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README's examples first: they take minutes, and at the end one process would wait for them."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """Files with slow tests first, the README's before all: at the end one process would wait for the other."""
+    slow = {item.path for item in items for mark in item.iter_markers() if mark.name in ("slow", "distributed")}
+    items.sort(key=lambda item: (item.path.name != "test_readme.py", item.path not in slow))
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ class DemoConfig:
 
     active_heads: int = 7
     calibration_tokens: int = 8_192
-    tuning_tokens: int = 8_192
-    test_windows: int = 12
-    questions: int = 30
+    tuning_tokens: int = 6_144
+    test_windows: int = 8
+    questions: int = 20
     new_tokens: int = 80
