@@ -108,7 +108,7 @@ class Comparison(ABC):
             f"{self.data(metrics)}; training took {minutes} minutes a run beside other work.",
             f"{', '.join(f'{package} {version(package)}' for package in self.packages)}; {cpu_model()}, one thread.",
             *self.notes(metrics),
-            "± is the standard deviation over seeds.",
+            "± is the standard deviation over seeds, no band of the mean.",
         ]
         return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *(f"- {note}" for note in notes)]) + "\n"
 

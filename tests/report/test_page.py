@@ -116,11 +116,45 @@ def test_two_classes_side_by_side(tmp_path, open_page):
 
 
 def test_what_python_and_the_page_call_significant_agrees(tmp_path, open_page):
-    contents = read_contents(text_recording(tmp_path / "run", tokens=400))
+    contents = read_contents(text_recording(tmp_path / "run", tokens=900))
     page = open_page(write_html(contents, tmp_path / "heads.html"))
     first, second = contents.groups_by("text")
-    p_X = np.concatenate([difference(first.loads[n], second.loads[n]).p_H for n in contents.recording.layers])
-    assert page.locator("#difference td.sure").count() == int((false_discovery(p_X) < 0.05).sum()) > 0
+    p_LH = np.stack([difference(first.loads[n], second.loads[n]).p_H for n in contents.recording.layers])
+    sure_LH = false_discovery(p_LH.ravel()).reshape(p_LH.shape) < 0.05
+    shown = page.locator("#difference td").evaluate_all("all => all.map(e => e.classList.contains('sure'))")
+    assert shown == sure_LH.T.ravel().tolist()
+    assert 0 < sum(shown) < len(shown)
+    verdict = page.locator("#verdict").inner_text()
+    assert f"{sum(shown)} of 12 heads differ significantly (15 and 15 blocks of up to 64 tokens)." in verdict
+
+
+def test_too_few_blocks_are_refused_a_test_in_a_sentence(tmp_path, open_page):
+    page = open_page(write(tmp_path, text_recording(tmp_path / "run", tokens=400)))
+    assert (
+        page.locator("#verdict")
+        .inner_text()
+        .startswith(
+            "No test: there are 7 and 7 blocks of up to 64 tokens, and it takes 10 of each to tell a difference from "
+            "chance. The largest difference: head"
+        )
+    )
+    assert page.locator("#difference td.sure").count() == 0
+
+
+def test_the_number_of_observations_stands_beside_loads(tmp_path, open_page):
+    page = open_page(write(tmp_path, text_recording(tmp_path / "run", tokens=400)))
+    assert "800 tokens (14 blocks of up to 64 tokens)" in page.locator("#subtitle").inner_text()
+    page.select_option("#label", "text")
+    assert "text <0> (400 tokens, 7 blocks)" in page.locator("#chart .legend").inner_text()
+
+
+def test_a_picture_is_one_observation_whatever_its_patches_and_time_steps(tmp_path, open_page):
+    recording = picture_recording(tmp_path / "run", steps=(900, 500, 100), sizes=((16, 16), (8, 8)))
+    page = open_page(write(tmp_path, recording, pictures=[PNG, PNG]))
+    assert "(2 pictures)" in page.locator("#subtitle").inner_text()
+    page.select_option("#first", label="bag")
+    page.select_option("#second", label="boat")
+    assert page.locator("#verdict").inner_text().startswith("No test: there are 1 and 1 pictures")
 
 
 def test_loads_by_group_and_words(texts, open_page):

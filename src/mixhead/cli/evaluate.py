@@ -52,7 +52,7 @@ def evaluate(
             cloze, choice = scores.cloze, scores.choice
         active, heads = heads_of(network)
         seconds = time.perf_counter() - start
-        rows.append(Row(name, active, heads, 0, measured, cloze, choice, seconds, original=not rows))
+        rows.append(Row(name, active, heads, None, measured, cloze, choice, seconds, original=not rows))
     note = f"{text}, {rows[0].perplexity.tokens:,} predicted tokens in windows of {window}, {autocast or 'own dtype'}"
     table = Table("Perplexity on held-out text", tuple(rows), (note,))
     console.print(table.to_rich())

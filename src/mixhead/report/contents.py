@@ -20,6 +20,7 @@ from mixhead.errors import MixheadError
 from mixhead.recording.file import Recording, Tokens
 from mixhead.report.parts_of_speech import parts_of_speech
 from mixhead.report.statistics import (
+    BLOCK,
     Bools,
     Floats,
     Ints,
@@ -89,6 +90,7 @@ class Axis:
         kind: "text" or "image".
         texts: what the shown tokens say, [T]; empty for images.
         sequences: the shown sequences.
+        observations: what counts as one observation, in the plural: "blocks of up to 64 tokens" or "pictures".
         codes_TX: gates as bytes (0 = not used) of the shown tokens, the heads of all layers side by side.
     """
 
@@ -96,6 +98,7 @@ class Axis:
     kind: str
     texts: list[str]
     sequences: list[Shown]
+    observations: str
     codes_TX: NDArray[np.uint8]
 
 
@@ -196,12 +199,13 @@ def read_axis(recording: Recording, layers: list[str], most_tokens: int) -> Cont
     codes = {layer: recording.codes(layer) for layer in layers}
     selected = {layer: codes_TH > 0 for layer, codes_TH in codes.items()}
     every = max(1, len(tokens) // SAMPLE)
-    block_T = blocks_of(tokens)
+    block_T = blocks_of(tokens) if says else pictures_of(tokens)
     axis = Axis(
         layers=layers,
         kind=kind,
         texts=[texts[row] for row in shown] if says else [],
         sequences=sequences_of(recording, tokens, shown, kind, what_of(recording, layers, kind)),
+        observations=f"blocks of up to {BLOCK} tokens" if says else "pictures",
         codes_TX=np.concatenate([codes_TH[shown] for codes_TH in codes.values()], 1),
     )
     note = f"{len(shown):,} of {len(tokens):,} tokens are shown; all of them count in the figures."
@@ -210,7 +214,7 @@ def read_axis(recording: Recording, layers: list[str], most_tokens: int) -> Cont
         loads={layer: load_of(used_TH, block_T) for layer, used_TH in selected.items()},
         axes=[axis],
         groups=[group for label, of in labels.items() for group in groups_of(label, *of, selected, block_T)],
-        words={layer: telling_words(words, used_TH) for layer, used_TH in selected.items()} if says else {},
+        words={layer: telling_words(words, used_TH, block_T) for layer, used_TH in selected.items()} if says else {},
         agreement={
             (one, other): agreement(selected[one][::every], selected[other][::every])
             for one, other in itertools.combinations(layers, 2)
@@ -219,6 +223,11 @@ def read_axis(recording: Recording, layers: list[str], most_tokens: int) -> Cont
         gates_vary=any(bool((codes_TH > 1).any()) for codes_TH in codes.values()),
         notes=[note] if len(shown) < len(tokens) else [],
     )
+
+
+def pictures_of(tokens: Tokens) -> Ints:
+    """The picture that each patch belongs to: one observation, however many patches and time steps it has."""
+    return tokens.row if "time_step" in tokens.labels else tokens.sequence
 
 
 def groups_of(
@@ -232,10 +241,10 @@ def groups_of(
     return [Group(label, name_of(value), of) for value, of in loads.items()]
 
 
-def telling_words(words: Sequence[Word], selected_TH: Bools) -> list[list[tuple[str, float]]]:
-    """For each head the words that speak for it, with their PMI in bits, best first."""
+def telling_words(words: Sequence[Word], selected_TH: Bools, block_T: Ints) -> list[list[tuple[str, float]]]:
+    """For each head the words that speak for it beyond chance, with their PMI in bits, best first."""
     spelled = [word.text.lower() or "␣" for word in words]
-    scored = expert_words(torch.from_numpy(selected_TH), spelled, top=8, min_count=3)
+    scored = expert_words(torch.from_numpy(selected_TH), spelled, top=8, min_count=3, block_T=block_T)
     return [[(score.word, score.pmi) for score in of if score.pmi > LEAST_BITS] for of in scored]
 
 
@@ -317,10 +326,10 @@ def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], 
     first = np.flatnonzero(np.diff(sequence_T, prepend=-1))
     ends = [*first[1:], len(shown)]
     found = []
-    diffuses = "time_step" in tokens.labels
+    picture_T = pictures_of(tokens)
     for number, (start, end) in enumerate(zip(first, ends, strict=False)):
         row = int(shown[start])
-        picture = int(tokens.row[row]) if diffuses else int(tokens.sequence[row])
+        picture = int(picture_T[row])
         groups = {
             label: recording.names[label][int(value_T[row])]
             for label, value_T in tokens.labels.items()
@@ -329,7 +338,7 @@ def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], 
         title = f"{what} {(picture if kind == 'image' else number) + 1}" + (
             f" ({', '.join(groups.values())})" if groups else ""
         )
-        time = float(tokens.labels["time_step"][row]) if diffuses else None
+        time = float(tokens.labels["time_step"][row]) if "time_step" in tokens.labels else None
         grid, prefix = grid_of(tokens, shown[start:end]) if kind == "image" else (None, 0)
         found.append(Shown(title, int(start), int(end - start), picture, time, grid, prefix, groups))
     return found

@@ -22,6 +22,7 @@ from mixhead.report.contents import Axis, Contents, Group
 from mixhead.report.names import short_names
 from mixhead.report.statistics import (
     BLOCK,
+    LEAST_BLOCKS,
     Load,
     coefficient_of_variation,
     in_words,
@@ -97,11 +98,13 @@ def data_of(contents: Contents, pictures: Sequence[bytes] = ()) -> dict[str, Any
         "footer": footer(contents),
         "findings": [*in_words({short_title(short[n]): contents.loads[n] for n in names}, shared_of(contents, short))],
         "start": names.index(most_telling(contents)),
+        "observations": " and ".join(dict.fromkeys(axis.observations for axis in contents.axes)),
+        "least": LEAST_BLOCKS,
         "layers": layers,
         "axes": [axis_data(axis, contents, number) for axis in contents.axes],
         "times": times,
         "groups": [
-            {"label": group.label, "value": group.value, **loads_data(group.loads, number)} for group in contents.groups
+            {"label": group.label, "value": group.value, **bands_data(group.loads, number)} for group in contents.groups
         ],
         "parts": parts_data(contents, number),
         "words": [
@@ -212,7 +215,7 @@ def examples_of(contents: Contents, group: Group) -> list[list[int]]:
 
 def sequence_loads(contents: Contents, axis: Axis, first: int, count: int) -> dict[str, Load]:
     """Loads of the layers of an axis among the tokens of one sequence."""
-    block_N = np.arange(count) // BLOCK
+    block_N = np.arange(count) // (BLOCK if axis.kind == "text" else count)
     loads, column = {}, 0
     for name in axis.layers:
         heads = len(contents.loads[name].share_H)
@@ -222,12 +225,25 @@ def sequence_loads(contents: Contents, axis: Axis, first: int, count: int) -> di
 
 
 def loads_data(loads: Mapping[str, Load], number: Mapping[str, int]) -> dict[str, Any]:
-    """Loads and their errors, a list for each layer; null for layers that did not see these tokens."""
-    share: list[Any] = [None] * len(number)
-    error: list[Any] = [None] * len(number)
+    """What a test needs, a list for each layer; null for layers that did not see these tokens."""
+    load_by_layer: list[Load | None] = [None] * len(number)
     for name, load in loads.items():
-        share[number[name]], error[number[name]] = rounded(load.share_H), rounded(load.error_H)
-    return {"tokens": max((load.tokens for load in loads.values()), default=0), "load": share, "error": error}
+        load_by_layer[number[name]] = load
+    return {
+        "load": [load and rounded(load.share_H, 6) for load in load_by_layer],
+        "error": [load and rounded(load.error_H, 6) for load in load_by_layer],
+        "seen": [load and [load.tokens, load.blocks, load.pairs] for load in load_by_layer],
+    }
+
+
+def bands_data(loads: Mapping[str, Load], number: Mapping[str, int]) -> dict[str, Any]:
+    """Loads and their bands, a list for each layer; null for layers that did not see these tokens."""
+    share: list[Any] = [None] * len(number)
+    band: list[Any] = [None] * len(number)
+    for name, load in loads.items():
+        share[number[name]], band[number[name]] = rounded(load.share_H), [rounded(of) for of in load.band_H2]
+    most = max(loads.values(), key=lambda load: load.tokens)
+    return {"tokens": most.tokens, "blocks": most.blocks, "load": share, "band": band}
 
 
 def agreement_data(contents: Contents, number: Mapping[str, int]) -> list[list[int | None]]:
@@ -244,9 +260,9 @@ def hundredths(values: NDArray[Any]) -> list[int]:
     return [round(100 * float(value)) for value in values]
 
 
-def rounded(values: NDArray[Any]) -> list[float | None]:
-    """Four digits behind the point; what is no number becomes null."""
-    return [None if math.isnan(value) else round(float(value), 4) for value in values]
+def rounded(values: NDArray[Any], digits: int = 4) -> list[float | None]:
+    """So many digits behind the point; what is no number becomes null."""
+    return [None if math.isnan(value) else round(float(value), digits) for value in values]
 
 
 def packed(values: NDArray[np.uint8]) -> str:
@@ -270,7 +286,9 @@ def subtitle(contents: Contents) -> str:
     # A token of a source meets the encoder only: no token meets all heads of a model with several axes.
     share = f"{active / heads:.1%}"
     used = f"{active:,.1f} of them ({share})" if len(contents.axes) == 1 else f"{share} of those that it meets"
-    return f"{name}{tokens:,} tokens, {len(recording.layers)} layers that route, {heads:,} heads; a token uses {used}."
+    counts = [f"{contents.loads[axis.layers[0]].blocks:,} {axis.observations}" for axis in contents.axes]
+    seen = f"{tokens:,} tokens ({', '.join(dict.fromkeys(counts))})"
+    return f"{name}{seen}, {len(recording.layers)} layers that route, {heads:,} heads; a token uses {used}."
 
 
 def footer(contents: Contents) -> str:

@@ -14,7 +14,7 @@ from mixhead.report.comparison import pyplot
 from mixhead.report.contents import Contents
 from mixhead.report.html import competing_heads
 from mixhead.report.names import short_names
-from mixhead.report.statistics import ALWAYS, BAND
+from mixhead.report.statistics import ALWAYS
 from mixhead.training.progress import read_rows
 
 logger = logging.getLogger(__name__)
@@ -58,21 +58,23 @@ def plot_load_by(contents: Contents, label: str, file: Path, layer: str | None =
     width = 0.85 / len(groups)
     for place, group in enumerate(groups):
         load = group.loads[layer]
+        spread_H2 = np.nan_to_num(np.abs(load.band_H2 - load.share_H[:, None]))[heads]
         at = np.arange(len(heads)) + (place - (len(groups) - 1) / 2) * width
         axes.bar(
             at,
             load.share_H[heads],
             width,
-            yerr=BAND * np.nan_to_num(load.error_H[heads]),
+            yerr=spread_H2.T,
             error_kw={"linewidth": 0.6},
             color=colours[place % len(colours)],
-            label=group.value,
+            label=f"{group.value} ({load.blocks:,})",
         )
     axes.set_xticks(range(len(heads)), [str(head) for head in heads], fontsize=8)
     axes.set_xlabel(f"head of {layer}")
     axes.set_ylabel("share of tokens")
     axes.set_ylim(0, 1)
-    figure.legend(title=label, fontsize=7, title_fontsize=7, ncols=4, loc="outside upper center", frameon=False)
+    title = f"{label} ({next(axis.observations for axis in contents.axes if layer in axis.layers)})"
+    figure.legend(title=title, fontsize=7, title_fontsize=7, ncols=4, loc="outside upper center", frameon=False)
     save(figure, file)
 
 

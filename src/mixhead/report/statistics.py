@@ -2,9 +2,9 @@
 
 Neighbouring tokens are alike, so they are no independent observations: errors are computed over blocks of up to 64
 tokens of one sequence (`blocks_of`), of which each counts as one observation. Bands that treated every token as
-independent would be several times too narrow.
+independent would be several times too narrow. What is promised here holds in simulations down to `LEAST_BLOCKS`.
 
-Shape legend: T tokens, H heads, I heads of another layer.
+Shape legend: T tokens, H heads, I heads of another layer, X blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixhead.intervals import inflation, share_band, t_tails
 from mixhead.recording.file import Tokens
 
 Floats = NDArray[np.floating[Any]]
@@ -24,7 +25,7 @@ Bools = NDArray[np.bool_]
 Ints = NDArray[np.integer[Any]]
 
 BLOCK = 64
-BAND = 1.96  # standard errors on either side: a band of 95%
+LEAST_BLOCKS = 10  # in each of two groups; with fewer no test could hold what it promises and still find anything
 NEVER, ALWAYS = 0.001, 0.999  # loads beyond which a head counts as dead or saturated
 ALIKE = 0.01  # of relative entropy, between layers that are called equally even
 
@@ -37,17 +38,31 @@ class Load:
         share_H: share of the tokens, 0 to 1.
         error_H: its standard error over blocks of tokens; NaN where there is only one block.
         tokens: how many tokens were counted.
+        blocks: how many blocks they are in.
+        pairs: for how many tokens there is another in the same block, summed over these others: n (n - 1) of a block
+            of n. Tokens of one block are alike; this says how much that matters.
     """
 
     share_H: Floats
     error_H: Floats
     tokens: int
+    blocks: int = 1
+    pairs: int = 0
 
     @property
     def band_H2(self) -> Floats:
-        """The band that holds the true load with 95% confidence, cut to 0 and 1."""
-        spread_H = BAND * self.error_H
-        return np.stack([self.share_H - spread_H, self.share_H + spread_H], -1).clip(0, 1)
+        """The band that holds the true load with 95% confidence, between 0 and 1; NaN where there is only one block.
+
+        Wilson's interval for as many independent tokens as would have the same error. Where all tokens or none use a
+        head each block counts as one of them.
+        """
+        variance_H = self.share_H * (1 - self.share_H)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            worth_H = np.minimum(variance_H / self.error_H**2, self.tokens)
+        worth_H = np.where(variance_H == 0, float(self.blocks), worth_H)
+        if self.blocks < 2:
+            return np.full((len(self.share_H), 2), np.nan)
+        return share_band(self.share_H, worth_H, self.blocks - 1)
 
 
 def blocks_of(tokens: Tokens, size: int = BLOCK) -> Ints:
@@ -60,18 +75,20 @@ def load_of(selected_TH: Bools, block_T: Ints) -> Load:
     """Load of each head, with errors over the blocks (the ratio estimator of cluster sampling)."""
     tokens, heads = selected_TH.shape
     if tokens == 0:
-        return Load(np.zeros(heads), np.full(heads, np.nan), 0)
+        return Load(np.zeros(heads), np.full(heads, np.nan), 0, 0)
     block_T = np.unique(block_T, return_inverse=True)[1].reshape(-1)
     blocks = int(block_T.max()) + 1
     used_XH = np.zeros((blocks, heads))
     np.add.at(used_XH, block_T, selected_TH)
     size_X1 = np.bincount(block_T, minlength=blocks)[:, None]
+    pairs = int((size_X1 * (size_X1 - 1)).sum())
     share_H = used_XH.sum(0) / tokens
     if blocks < 2:
-        return Load(share_H, np.full(heads, np.nan), tokens)
+        return Load(share_H, np.full(heads, np.nan), tokens, blocks, pairs)
     residual_XH = used_XH - share_H * size_X1
-    error_H = np.sqrt(blocks / (blocks - 1) * (residual_XH**2).sum(0)) / tokens
-    return Load(share_H, error_H, tokens)
+    deviation_H = blocks / (blocks - 1) * (residual_XH**2).sum(0)
+    error_H = np.sqrt(deviation_H * inflation(residual_XH)) / tokens
+    return Load(share_H, error_H, tokens, blocks, pairs)
 
 
 def load_by(selected_TH: Bools, label_T: NDArray[Any], block_T: Ints) -> dict[Any, Load]:
@@ -87,24 +104,73 @@ class Difference:
 
     Attributes:
         share_H: load in the first group minus load in the second.
-        p_H: two-sided p-value of each head (a z-test with errors over blocks); NaN where there is no error.
+        p_H: two-sided p-value of each head; NaN where there was no test.
         adjusted_H: p-values corrected for the number of heads tested, after Benjamini and Hochberg.
+        refused: why there was no test, a sentence; "" where there was one.
     """
 
     share_H: Floats
     p_H: Floats
     adjusted_H: Floats
+    refused: str = ""
 
 
 def difference(first: Load, second: Load) -> Difference:
-    """Tests whether two groups of tokens use heads differently."""
+    """Tests whether two groups of tokens use heads differently, by a t-test that holds from ten blocks on.
+
+    The variance of a load is the larger of what its own blocks say and what is to be expected if both groups are alike
+    (`expected_variance`): a few blocks of a rarely used head may be equal by chance, and would then seem to be certain.
+    The degrees of freedom are Satterthwaite's.
+    """
     share_H = first.share_H - second.share_H
-    error_H = np.sqrt(first.error_H**2 + second.error_H**2)
+    if refused := too_few(first.blocks, second.blocks):
+        nothing_H = np.full(share_H.shape, np.nan)
+        return Difference(share_H, nothing_H, nothing_H, refused)
+    alike_H = correlation(first, second)
+    variances = [
+        np.maximum(load.error_H**2, expected_variance(load, pooled_share(first, second), alike_H))
+        for load in (first, second)
+    ]
+    total_H = variances[0] + variances[1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        z_H = np.where(share_H == 0, 0.0, np.abs(share_H) / error_H)
-    p_H = np.array([math.erfc(z / math.sqrt(2)) for z in z_H])
-    p_H[np.isnan(error_H)] = np.nan
+        t_H = np.where(share_H == 0, 0.0, np.abs(share_H) / np.sqrt(total_H))
+        freedom_H = total_H**2 / (variances[0] ** 2 / (first.blocks - 1) + variances[1] ** 2 / (second.blocks - 1))
+    p_H = t_tails(t_H, np.nan_to_num(freedom_H, nan=1.0))
     return Difference(share_H, p_H, false_discovery(p_H))
+
+
+def too_few(first: int, second: int) -> str:
+    """The sentence that refuses a test of groups of so many blocks; "" where there are enough."""
+    if min(first, second) >= LEAST_BLOCKS:
+        return ""
+    return (
+        f"No test: there are {first} and {second} blocks of tokens, and it takes {LEAST_BLOCKS} of each to tell a "
+        "difference from chance."
+    )
+
+
+def pooled_share(first: Load, second: Load) -> Floats:
+    """Load among the tokens of both groups."""
+    return (first.tokens * first.share_H + second.tokens * second.share_H) / (first.tokens + second.tokens)
+
+
+def correlation(*groups: Load) -> Floats:
+    """How alike two tokens of one block are in their use of each head, 0 to 1, in all of the groups together.
+
+    1 where all tokens of a group do the same: blocks that never differ say nothing about how alike their tokens are.
+    NaN where a group has only one block.
+    """
+    tokens, pairs = max(1, sum(load.tokens for load in groups)), sum(load.pairs for load in groups)
+    variance_H = sum(load.tokens * load.share_H * (1 - load.share_H) for load in groups) / tokens
+    deviation_H = sum((load.tokens * load.error_H) ** 2 for load in groups)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        alike_H = (deviation_H / variance_H - tokens) / max(pairs, 1)
+    return np.where(variance_H > 0, np.clip(alike_H, 0, 1), 1.0)
+
+
+def expected_variance(load: Load, share_H: Floats, alike_H: Floats) -> Floats:
+    """Variance of the load of a group of tokens that use heads with these probabilities and correlations."""
+    return share_H * (1 - share_H) * (load.tokens + alike_H * load.pairs) / load.tokens**2
 
 
 def false_discovery(p_X: Floats) -> Floats:

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mixhead.errors import MixheadError, some
+from mixhead.intervals import MOST_FREEDOM, share_band
 from mixhead.report.comparison import pyplot
 from mixhead.tasks.image_classification.classify import Classification, HeadMap
 from mixhead.tasks.image_classification.evaluate import ImageEvaluation
@@ -30,8 +31,8 @@ def accuracy_table(result: ImageEvaluation, name: str) -> Table:
     table = Table(title=name, title_justify="left", box=None, show_header=False)
     rows = {
         "images": f"{result.images:,}",
-        "top-1": f"{result.top1_accuracy:.2%}",
-        "top-5": f"{result.top5_accuracy:.2%}",
+        "top-1": with_band(result.top1_accuracy, result.images),
+        "top-5": with_band(result.top5_accuracy, result.images),
         "heads used": f"{result.active_share:.1%}",
         "images per second": f"{result.images / result.seconds:,.0f}",
         "images per second, model alone": f"{result.images / result.model_seconds:,.0f}",
@@ -41,6 +42,12 @@ def accuracy_table(result: ImageEvaluation, name: str) -> Table:
     for row in rows.items():
         table.add_row(*row)
     return table
+
+
+def with_band(share: float, images: int) -> str:
+    """A share of so many images with its 95% band."""
+    low, high = share_band(np.array([share]), np.array([images]), MOST_FREEDOM)[0]
+    return f"{share:.2%} ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def class_table(result: ImageEvaluation) -> Table:

@@ -41,12 +41,34 @@ class TestTable:
             "| model | heads active | tuning tokens | perplexity "
             "| x original, same tokens | cloze | choice of 4 | wall time |\n"
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
-            "| original | 9 of 9 (100.0%) | 0 | 36.00 | 1.000 | 50.0% ± 3.6 | 50.0% ± 3.6 | 30.0 s |\n"
-            "| original, tuned | 9 of 9 (100.0%) | 1,000 | 30.00 | 1.000 | 50.0% ± 3.6 | — | 1 h 00 min |\n"
-            "| ours \\| tuned | 7 of 9 (77.8%) | 1,000 | 30.60 | 1.020 | — | 50.0% ± 3.6 | 2 min 05 s |\n"
+            "| original | 9 of 9 (100.0%) | 0 | 36.00 | 1.000 | 50.0% (43–57) | 50.0% (43–57) | 30.0 s |\n"
+            "| original, tuned | 9 of 9 (100.0%) | 1,000 | 30.00 | 1.000 | 50.0% (43–57) | — | 1 h 00 min |\n"
+            "| ours \\| tuned | 7 of 9 (77.8%) | 1,000 | 30.60 | 1.020 | — | 50.0% (43–57) | 2 min 05 s |\n"
             "| ours, budgets | 6.75 of 9 (75.0%) | 50 | 40.00 | — | — | — | 2 h 05 min |\n"
             "\n- 12 windows of 512 tokens\n"
         )
+
+    def test_a_ratio_has_a_band_where_both_models_read_the_same_windows(self) -> None:
+        rows = [
+            Row(name, 9, 9, 0, Perplexity(sum(nll) / 3, 1533, 1.0, nll), original=name == "original")
+            for name, nll in {"original": (3.0, 3.1, 3.2), "ours": (3.01, 3.12, 3.21)}.items()
+        ]
+        first, second = Table("", tuple(rows)).cells()
+        assert first[4] == "1.000"
+        assert second[4] == "1.013 (0.999–1.028)"
+
+    def test_nothing_is_said_of_tuning_that_nobody_knows_of(self) -> None:
+        """`mixhead evaluate` is given folders; "tuning tokens 0" would be a guess."""
+        rows = [
+            Row(name, 9, 9, None, Perplexity(nll, 1533, 1.0), original=name == "a")
+            for name, nll in {"a": 3.0, "b": 3.1}.items()
+        ]
+        table = Table("", tuple(rows))
+        assert table.columns == (
+            "model", "heads active", "perplexity", "x first model", "cloze", "choice of 4", "wall time"
+        )  # fmt: skip
+        assert [cells[3] for cells in table.cells()] == ["1.000", "1.105"]
+        assert Table.from_json(table.to_json()) == table
 
     def test_json_round_trip_is_exact(self, table: Table) -> None:
         text = table.to_json()

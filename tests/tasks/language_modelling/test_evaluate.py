@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,7 +22,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mixhead.data.text import addresses, text_source
 from mixhead.errors import MixheadError
-from mixhead.tasks.language_modelling.evaluate import Accuracy, Perplexity, paired_gap, paired_ratio, perplexity
+from mixhead.tasks.language_modelling.evaluate import (
+    Accuracy,
+    Perplexity,
+    gap_band,
+    paired_gap,
+    paired_ratio,
+    perplexity,
+    ratio_band,
+)
 from mixhead.tasks.language_modelling.lm_eval_tasks import CHOICE, CLOZE, evaluate_tasks, write_tasks
 
 LM_EVAL = "mixhead.tasks.language_modelling.lm_eval_tasks"
@@ -149,11 +158,58 @@ class TestPairs:
         assert gap == 0.25
         assert error == pytest.approx(0.5 / 2)
 
+    @pytest.mark.parametrize("questions", [10, 30, 200])
+    @pytest.mark.parametrize("share", [0.02, 0.27, 0.86])
+    def test_the_band_of_an_accuracy_holds_the_true_share_19_times_in_20(self, questions: int, share: float) -> None:
+        rng = np.random.default_rng(0)
+        bands = [answers(rng.random(questions) < share).band for _ in range(400)]
+        assert np.mean([low <= share <= high for low, high in bands]) > 0.92
+
+    def test_all_questions_answered_rightly_does_not_mean_certainty(self) -> None:
+        assert str(answers(np.ones(30, bool))) == "100.0% (89–100)"
+        assert str(answers(np.arange(100) < 86)) == "86.0% (78–91)"
+
+    @pytest.mark.parametrize(("questions", "better", "worse"), [(30, 0.01, 0.02), (100, 0.05, 0.05), (400, 0.1, 0.2)])
+    def test_the_band_of_a_gap_holds_the_true_one_19_times_in_20(
+        self, questions: int, better: float, worse: float
+    ) -> None:
+        rng = np.random.default_rng(0)
+        held = []
+        for _ in range(400):
+            at_N = rng.random(questions)
+            new, base = answers(at_N < better), answers((at_N >= better) & (at_N < better + worse))
+            low, high = gap_band(new, base)
+            held.append(low <= better - worse <= high)
+        assert np.mean(held) > 0.93
+        same = answers(np.ones(30, bool))
+        assert gap_band(same, same)[0] < -0.02
+
+    @pytest.mark.parametrize(("windows", "alike", "least"), [(4, 0.0, 0.9), (32, 0.0, 0.93), (48, 0.3, 0.9)])
+    def test_the_band_of_a_ratio_holds_the_true_one_19_times_in_20(
+        self, windows: int, alike: float, least: float
+    ) -> None:
+        """Differences of losses have a long tail, and neighbouring windows are alike."""
+        rng = np.random.default_rng(0)
+        held = []
+        for _ in range(400):
+            gaps = rng.gamma(2.0, 0.01, windows + 20) - 0.02
+            for place in range(1, len(gaps)):
+                gaps[place] = alike * gaps[place - 1] + math.sqrt(1 - alike**2) * gaps[place]
+            new, base = (Perplexity(1.0, 1, 1.0, tuple(of)) for of in (0.016 + gaps[20:], np.zeros(windows)))
+            low, high = ratio_band(new, base)
+            held.append(low <= math.exp(0.016) <= high)
+        assert np.mean(held) > least
+
     def test_unpaired_measurements_are_refused(self) -> None:
         with pytest.raises(MixheadError, match="hold 0 and 0 windows"):
             paired_ratio(Perplexity(1.0, 1, 1.0), Perplexity(1.0, 1, 1.0))
         with pytest.raises(MixheadError, match="hold 1 and 2 answers"):
             paired_gap(Accuracy(1.0, 0.0, (True,)), Accuracy(1.0, 0.0, (True, True)))
+
+
+def answers(right_N: np.ndarray) -> Accuracy:
+    share = float(right_N.mean())
+    return Accuracy(share, math.sqrt(share * (1 - share) / (len(right_N) - 1)), tuple(right_N.tolist()))
 
 
 def questions(directory: Path, task: str) -> list[dict[str, object]]:

@@ -1,9 +1,34 @@
 // Two groups of tokens: how their loads differ, and whether that is more than chance.
-function pValue(z) {
-  // Twice the upper tail of the normal distribution, by the rational approximation 7.1.26 of Abramowitz and Stegun.
-  const x = z / Math.SQRT2, t = 1 / (1 + 0.3275911 * x);
-  const poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
-  return poly * Math.exp(-x * x);
+/* Two-sided tail of Student's t for whole degrees of freedom: Abramowitz and Stegun, 26.7.3 and 26.7.4. */
+function tTail(t, freedom) {
+  const whole = Math.floor(Math.min(Math.max(freedom, 1), 1000)), odd = whole % 2;
+  const angle = Math.atan(t / Math.sqrt(whole)), sine = Math.sin(angle), square = Math.cos(angle) ** 2;
+  let term = odd ? Math.cos(angle) : 1, total = 0;
+  for (let k = 1 + odd; k < whole; k += 2) {
+    total += term;
+    term *= (square * k) / (k + 1);
+  }
+  return Math.max(0, 1 - (odd ? (2 / Math.PI) * (angle + sine * total) : sine * total));
+}
+
+/* The p-value of one head, as `difference` of mixhead.report.statistics computes it; null where there are few blocks. */
+function pValue(layer, head, ...parts) {
+  const groups = parts.map(({ load, error, seen }) => {
+    const [tokens, blocks, pairs] = seen[layer];
+    return { share: load[layer][head], error: error[layer][head], tokens, blocks, pairs };
+  });
+  if (groups.some(({ blocks }) => blocks < D.least)) return null;
+  if (groups[0].share === groups[1].share) return 1;
+  const sum = (value) => value(groups[0]) + value(groups[1]);
+  const tokens = sum((g) => g.tokens), share = sum((g) => g.tokens * g.share) / tokens;
+  const variance = sum((g) => g.tokens * g.share * (1 - g.share)) / tokens;
+  const excess = (sum((g) => (g.tokens * g.error) ** 2) / variance - tokens) / Math.max(sum((g) => g.pairs), 1);
+  const alike = variance > 0 ? Math.min(Math.max(excess, 0), 1) : 1;
+  const expected = (g) => (share * (1 - share) * (g.tokens + alike * g.pairs)) / g.tokens ** 2;
+  const variances = groups.map((g) => Math.max(g.error ** 2, expected(g)));
+  const total = variances[0] + variances[1];
+  const freedom = total ** 2 / variances.reduce((s, v, i) => s + v ** 2 / (groups[i].blocks - 1), 0);
+  return tTail(Math.abs(groups[0].share - groups[1].share) / Math.sqrt(total), freedom);
 }
 
 /* Benjamini and Hochberg's adjustment: below 0.05, at most 5% of what is called different is chance. */
@@ -20,9 +45,7 @@ function differences(a, b) {
   D.layers.forEach((layer, l) => {
     if (!a.load[l] || !b.load[l]) return;
     for (let head = 0; head < layer.heads; head++) {
-      const by = a.load[l][head] - b.load[l][head], [ea, eb] = [a.error[l][head], b.error[l][head]];
-      const p = ea === null || eb === null ? null : by === 0 ? 1 : pValue(Math.abs(by) / Math.hypot(ea, eb));
-      found.push({ layer: l, head, by, p });
+      found.push({ layer: l, head, by: a.load[l][head] - b.load[l][head], p: pValue(l, head, a, b) });
     }
   });
   adjusted(found.map((d) => d.p)).forEach((q, i) => (found[i].sure = q !== null && q < 0.05));
@@ -68,8 +91,11 @@ function drawCompare() {
     widest = Math.max(0.1, ...all.map((d) => Math.abs(d.by)));
     const sure = all.filter((d) => d.sure), top = [...all].sort((x, y) => Math.abs(y.by) - Math.abs(x.by))[0];
     const tested = all.filter((d) => d.p !== null).length;
+    const [one, other] = [a, b].map(({ seen }) => Math.max(...seen.map((of) => (of ? of[1] : 0))));
+    const counted = `${one} and ${other} ${D.observations}`;
     byId("verdict").textContent = !top ? "No layer saw both." :
-      (tested ? `${sure.length} of ${tested} heads differ significantly. ` : "Too few tokens for a test of significance. ") +
+      (tested ? `${sure.length} of ${tested} heads differ significantly (${counted}). `
+        : `No test: there are ${counted}, and it takes ${D.least} of each to tell a difference from chance. `) +
       `The largest difference: head ${top.head} of ${layerName(top.layer)}, used by ${percent(a.load[top.layer][top.head])} ` +
       `of the first and ${percent(b.load[top.layer][top.head])} of the second.`;
     paint();

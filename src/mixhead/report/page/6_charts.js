@@ -25,12 +25,11 @@ function drawGroups() {
     const yOf = (share) => height - (height - top) * share;
     for (let head = 0; head < heads; head++) {
       groups.forEach((group, g) => {
-        const share = group.load[state.layer][head], error = group.error[state.layer][head];
+        const share = group.load[state.layer][head], [low, high] = group.band[state.layer][head];
         const x = left + block * head + bar * (g + 0.5), title = vector("title");
         title.textContent = `head ${head}, ${group.value}: ${percent(share)}`;
         svg.append(vector("rect", { x, y: yOf(share), width: bar - 1, height: height - yOf(share), fill: colours[g] }, title));
-        if (error !== null && bar > 4) {
-          const [low, high] = [Math.max(0, share - 1.96 * error), Math.min(1, share + 1.96 * error)];
+        if (low !== null && bar > 4) {
           svg.append(vector("line", { class: "whisker", x1: x + bar / 2, x2: x + bar / 2, y1: yOf(low), y2: yOf(high) }));
         }
       });
@@ -38,11 +37,12 @@ function drawGroups() {
       text.textContent = head;
       svg.append(text);
     }
+    const counted = ({ tokens, blocks }) => `${tokens.toLocaleString("en")} tokens, ${blocks.toLocaleString("en")} ${D.observations.split(" ")[0]}`;
     const legend = make("div", { className: "legend" });
     groups.forEach((group, g) => {
       const swatch = make("span", { className: "swatch" });
       swatch.style.background = colours[g];
-      legend.append(make("span", {}, swatch, `${group.value} (${group.tokens.toLocaleString("en")})`));
+      legend.append(make("span", {}, swatch, `${group.value} (${counted(group)})`));
     });
     const table = make("table", { className: "map" }), header = make("tr", {}, make("th", { textContent: "head", scope: "col" }));
     for (let head = 0; head < heads; head++) header.append(make("th", { textContent: head, scope: "col" }));

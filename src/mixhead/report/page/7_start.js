@@ -12,6 +12,7 @@ byId("theme").addEventListener("click", () => {
 
 byId("subtitle").textContent = D.subtitle;
 byId("footer").textContent = D.footer;
+byId("observations").textContent = D.observations;
 byId("findings").append(...D.findings.map((sentence) => make("li", { textContent: sentence })));
 drawLoads();
 drawControls();

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mixhead.errors import MixheadError
-from mixhead.tasks.language_modelling.evaluate import Accuracy, Perplexity
+from mixhead.tasks.language_modelling.evaluate import Accuracy, Perplexity, ratio_band
 
 if TYPE_CHECKING:
     import rich.table
@@ -23,7 +23,8 @@ class Row:
         name: what the model is, for example "original" or "mixhead, calibrated and tuned".
         active_heads: heads that a token uses, the mean over layers; may be broken.
         heads: heads of a layer.
-        tuning_tokens: tokens that it was tuned on; 0 if it was not.
+        tuning_tokens: tokens that it was tuned on, 0 if it was not; None where nobody knows, as of a model that was
+            found in a folder.
         perplexity: on held-out text.
         cloze: accuracy at the last word of a sentence; None if not measured.
         choice: accuracy at choosing the true continuation among four; None if not measured.
@@ -34,7 +35,7 @@ class Row:
     name: str
     active_heads: float
     heads: int
-    tuning_tokens: int
+    tuning_tokens: int | None
     perplexity: Perplexity
     cloze: Accuracy | None = None
     choice: Accuracy | None = None
@@ -47,7 +48,7 @@ class Row:
                 f"The row {self.name!r} states {self.active_heads:g} active heads of {self.heads}; "
                 f"give a number above 0 and at most {self.heads}."
             )
-        if self.tuning_tokens < 0 or self.seconds < 0:
+        if (self.tuning_tokens or 0) < 0 or self.seconds < 0:
             raise MixheadError(f"The row {self.name!r} states a negative number of tuning tokens or seconds.")
 
     @property
@@ -61,9 +62,12 @@ class Row:
 class Table:
     """The comparison that is always the same: originals, the published recipe, ours.
 
+    What stands in brackets behind a figure is its 95% band; that of a ratio is over windows of the same text.
+
     Attributes:
         title: what is compared, on which text.
-        rows: one a model. The ratio of a row is to the row of the original with as many tuning tokens.
+        rows: one a model. The ratio of a row is to the row of the original with as many tuning tokens; where nobody
+            knows how long the models were tuned, to that of the first original, whatever was done to it.
         notes: lines below the table: windows, data, machine, the command that makes the table again.
     """
 
@@ -71,19 +75,22 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
 
-    COLUMNS = (
-        "model",
-        "heads active",
-        "tuning tokens",
-        "perplexity",
-        "x original, same tokens",
-        "cloze",
-        "choice of 4",
-        "wall time",
-    )
+    @property
+    def knows_tuning(self) -> bool:
+        """Whether it is known of all models how long they were tuned."""
+        return all(row.tuning_tokens is not None for row in self.rows)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The headings."""
+        tuning = ("tuning tokens",) if self.knows_tuning else ()
+        ratio = "x original, same tokens" if self.knows_tuning else "x first model"
+        return ("model", "heads active", *tuning, "perplexity", ratio, "cloze", "choice of 4", "wall time")
 
     def base_of(self, row: Row) -> Row | None:
         """The original tuned on the same number of tokens, or None where the table has none."""
+        if not self.knows_tuning:
+            return next((other for other in self.rows if other.original), None)
         matching = (other for other in self.rows if other.original and other.tuning_tokens == row.tuning_tokens)
         return next(matching, None)
 
@@ -92,15 +99,26 @@ class Table:
         base = self.base_of(row)
         return None if base is None else math.exp(row.perplexity.mean_nll - base.perplexity.mean_nll)
 
+    def ratio_text(self, row: Row) -> str:
+        """The ratio with its 95% band, where the windows are known."""
+        base, ratio = self.base_of(row), self.ratio(row)
+        if base is None or ratio is None:
+            return "—"
+        windows = len(row.perplexity.window_nll)
+        if base is row or windows < 2 or windows != len(base.perplexity.window_nll):
+            return f"{ratio:.3f}"
+        low, high = ratio_band(row.perplexity, base.perplexity)
+        return f"{ratio:.3f} ({low:.3f}–{high:.3f})"
+
     def cells(self) -> list[tuple[str, ...]]:
-        """The table as text, one tuple a row, in the order of `COLUMNS`."""
+        """The table as text, one tuple a row, in the order of `columns`."""
         return [
             (
                 row.name,
                 row.heads_active,
-                f"{row.tuning_tokens:,}",
+                *((f"{row.tuning_tokens:,}",) if self.knows_tuning else ()),
                 f"{row.perplexity.perplexity:.2f}",
-                "—" if (ratio := self.ratio(row)) is None else f"{ratio:.3f}",
+                self.ratio_text(row),
                 "—" if row.cloze is None else str(row.cloze),
                 "—" if row.choice is None else str(row.choice),
                 _duration(row.seconds),
@@ -110,7 +128,7 @@ class Table:
 
     def to_markdown(self) -> str:
         """The table with its title and notes in Markdown."""
-        lines = [self.COLUMNS, ("---", *("---:" for _ in self.COLUMNS[1:])), *self.cells()]
+        lines = [self.columns, ("---", *("---:" for _ in self.columns[1:])), *self.cells()]
         table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         notes = "".join(f"\n- {note}" for note in self.notes)
         return f"### {self.title}\n\n{table}\n" + (f"{notes}\n" if notes else "")
@@ -143,7 +161,7 @@ class Table:
         import rich.table  # only terminals need it
 
         table = rich.table.Table(title=self.title, caption="\n".join(self.notes) or None)
-        for index, column in enumerate(self.COLUMNS):
+        for index, column in enumerate(self.columns):
             table.add_column(column, justify="left" if index == 0 else "right")
         for row, cells in zip(self.rows, self.cells(), strict=True):
             table.add_row(*cells, style="dim" if row.original else None)

@@ -6,17 +6,18 @@ Shape legend of this file: W windows, B windows in one batch, T tokens in one wi
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixhead.errors import MixheadError
+from mixhead.intervals import MOST_FREEDOM, Floats, error_of_mean, mean_band, share_band, t_quantile
 from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.modes import autocast_to, evaluation_mode
 
@@ -62,8 +63,17 @@ class Accuracy:
     stderr: float
     hits: tuple[bool, ...] = ()
 
+    @property
+    def band(self) -> tuple[float, float]:
+        """Between what shares the true one lies with 95% confidence (Wilson's interval)."""
+        variance = self.value * (1 - self.value)
+        worth = variance / self.stderr**2 + 1 if self.stderr > 0 else max(len(self.hits), 1)
+        low, high = share_band(np.array([self.value]), np.array([worth]), MOST_FREEDOM)[0].tolist()
+        return low, high
+
     def __str__(self) -> str:
-        return f"{100 * self.value:.1f}% ± {100 * self.stderr:.1f}"
+        low, high = self.band
+        return f"{100 * self.value:.1f}% ({100 * low:.0f}–{100 * high:.0f})"
 
 
 @torch.no_grad()
@@ -144,30 +154,65 @@ def paired_ratio(new: Perplexity, base: Perplexity) -> tuple[float, float]:
     Raises:
         MixheadError: where the two do not hold the same number of windows.
     """
-    if len(new.window_nll) != len(base.window_nll) or not new.window_nll:
-        raise MixheadError(
-            f"A paired ratio needs both perplexities on the same windows, but they hold {len(new.window_nll)} and "
-            f"{len(base.window_nll)} windows."
-        )
-    gaps = [a - b for a, b in zip(new.window_nll, base.window_nll, strict=True)]
-    ratio = math.exp(statistics.fmean(gaps))
-    return ratio, ratio * _stderr(gaps)
+    gaps_W = _window_gaps(new, base)
+    ratio = math.exp(gaps_W.mean())
+    return ratio, ratio * error_of_mean(gaps_W)
+
+
+def ratio_band(new: Perplexity, base: Perplexity) -> tuple[float, float]:
+    """Between what values the ratio of two perplexities on the same windows lies with 95% confidence.
+
+    It says how sure the ratio is of this kind of text. Of one window it knows nothing: NaN.
+
+    Raises:
+        MixheadError: where the two do not hold the same number of windows.
+    """
+    low, high = mean_band(_window_gaps(new, base))
+    return math.exp(low), math.exp(high)
 
 
 def paired_gap(new: Accuracy, base: Accuracy) -> tuple[float, float]:
     """The difference of two accuracies on the same questions (share, not percent), and its standard error.
 
+    Where the two hardly ever differ the error says little, and 0 does not mean that they are the same: `gap_band`.
+
     Raises:
         MixheadError: where the two do not hold answers to the same number of questions.
     """
+    gaps_N = _answer_gaps(new, base)
+    return float(gaps_N.mean()), error_of_mean(gaps_N)
+
+
+def gap_band(new: Accuracy, base: Accuracy) -> tuple[float, float]:
+    """Between what values the difference of two accuracies on the same questions lies with 95% confidence.
+
+    Agresti and Min's interval: it adds half a question to each of the four ways in which two answers can turn out.
+
+    Raises:
+        MixheadError: where the two do not hold answers to the same number of questions.
+    """
+    gaps_N = _answer_gaps(new, base)
+    count = len(gaps_N) + 2
+    middle = gaps_N.sum() / count
+    spread = t_quantile(MOST_FREEDOM) * math.sqrt((np.abs(gaps_N).sum() + 1 - count * middle**2) / count**2)
+    return float(max(-1.0, middle - spread)), float(min(1.0, middle + spread))
+
+
+def _window_gaps(new: Perplexity, base: Perplexity) -> Floats:
+    """Differences of the windows' losses, float64 [W]."""
+    if len(new.window_nll) != len(base.window_nll) or not new.window_nll:
+        raise MixheadError(
+            f"A paired ratio needs both perplexities on the same windows, but they hold {len(new.window_nll)} and "
+            f"{len(base.window_nll)} windows."
+        )
+    return np.array(new.window_nll) - np.array(base.window_nll)
+
+
+def _answer_gaps(new: Accuracy, base: Accuracy) -> Floats:
+    """1 where only the new one is right, -1 where only the old one is, else 0: float64, one a question."""
     if len(new.hits) != len(base.hits) or not new.hits:
         raise MixheadError(
             f"A paired gap needs both accuracies on the same questions, but they hold {len(new.hits)} and "
             f"{len(base.hits)} answers."
         )
-    gaps = [float(a) - float(b) for a, b in zip(new.hits, base.hits, strict=True)]
-    return statistics.fmean(gaps), _stderr(gaps)
-
-
-def _stderr(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return np.array(new.hits, dtype=np.float64) - np.array(base.hits, dtype=np.float64)
