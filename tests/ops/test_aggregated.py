@@ -211,7 +211,7 @@ def test_indices_of_the_pool_bias_that_do_not_fit():
         call((7, 2), (9, 2))
 
 
-needs_kernel = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
+needs_kernel = pytest.mark.skipif(not cpu.available("aggregated")[0], reason=cpu.available("aggregated")[1])
 
 
 @needs_kernel

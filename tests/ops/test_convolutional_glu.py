@@ -8,7 +8,8 @@ import torch
 from mixhead.errors import MixheadError
 from mixhead.ops import GLU_IMPLEMENTATIONS, convolutional_glu, cpu, explain_glu
 
-needs_kernel = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
+BUILT, WHY_NOT = cpu.available("convolutional_glu")
+needs_kernel = pytest.mark.skipif(not BUILT, reason=WHY_NOT)
 
 
 def inputs(size=(5, 6), channels=7, batch=2, dtype=torch.float64, requires_grad=False):

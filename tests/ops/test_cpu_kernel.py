@@ -1,11 +1,8 @@
-"""The C++ kernel: what the tests of all implementations do not ask, and how it is built."""
+"""The C++ kernel: what the tests of all implementations do not ask."""
 
-import logging
 import os
-import shutil
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mixhead.bench.memory import resident_mib
 from mixhead.errors import MixheadError
-from mixhead.ops import cpu, explain, head_attention, reference
-from mixhead.ops.cpu import compiling as builder
+from mixhead.ops import cpu, explain, head_attention
+from mixhead.ops.cpu.level import LEVELS, kind_of_processor
 from mixhead.routing import Routing
 
 BUILT, WHY_NOT = cpu.available()
@@ -456,148 +453,16 @@ def test_auto_takes_it_where_it_pays():
     assert explain(narrow[0], narrow[1], Routing(narrow[3] * narrow[4], narrow[4])).impl != "cpu"
 
 
-# How it is built.
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A process that has loaded nothing, and a cache of its own."""
-    monkeypatch.setenv("MIXHEAD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(builder, "_outcome", None)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """Stands in for the compiler, which takes half a minute, and counts the libraries that it links."""
-    runs = []
-
-    def pretend(command, **_):
-        if "-shared" in command:
-            runs.append(command)
-        Path(command[-1]).write_bytes(b"a library")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(builder.subprocess, "run", pretend)
-    monkeypatch.setattr(builder.shutil, "which", lambda name: name)
-    return runs
-
-
-def test_the_cache_is_used_again(fresh, made):
-    assert builder.library("plain") == builder.library("plain")
-    assert len(made) == 1
-    assert sorted(f.suffix for f in (fresh / "kernels").iterdir()) == [".lock", ".sha256", ".so"]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "changed", "without checksum", "checksum of other bytes"])
-def test_a_damaged_cache_is_built_anew(fresh, made, damage):
-    path = builder.library("plain")
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:4])
-    elif damage == "changed":
-        path.write_bytes(b"something")
-    elif damage == "checksum of other bytes":
-        path.with_suffix(".sha256").write_bytes(b"\x8e\xff" * 32)
-    else:
-        path.with_suffix(".sha256").unlink()
-    assert builder.library("plain") == path
-    assert path.read_bytes() == b"a library"
-    assert len(made) == 2
-
-
-def test_each_instruction_set_has_its_own_build(fresh, made):
-    assert len({builder.library(level) for level in builder.LEVELS}) == len(builder.LEVELS)
-
-
-def test_machines_that_share_a_cache_have_their_own_builds(fresh, made, monkeypatch):
-    """A build runs on every machine whose builds it is found by: none is made for the machine at hand alone."""
-    here = builder.library("plain")
-    for name, other in (("machine", lambda: "riscv64"), ("libc_ver", lambda: ("glibc", "2.17"))):
-        with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(builder.platform, name, other)
-            assert builder.library("plain") != here
-    assert builder.library("plain") == here
-    assert not any("native" in argument for level in builder.LEVELS for argument in builder.compile_command(level))
-
-
-def test_a_build_that_was_interrupted_is_begun_anew(fresh, made):
-    path = builder.library("plain")
-    path.unlink()  # the checksum appears before the library
-    (path.parent / "building-killed").mkdir()
-    (path.parent / "building-killed" / "kernel.so").write_bytes(b"half")
-    assert builder.library("plain") == path
-    assert path.read_bytes() == b"a library"
-
-
-def test_one_process_builds_while_the_others_wait(fresh, made):
-    start = threading.Barrier(4)
-
-    def one(_):
-        start.wait()
-        return builder.library("plain")
-
-    with ThreadPoolExecutor(4) as pool:
-        assert len(set(pool.map(one, range(4)))) == 1
-    assert len(made) == 1
-
-
-def failing(caplog):
-    with caplog.at_level(logging.WARNING, logger=builder.__name__):
-        for _ in range(3):
-            built, reason = cpu.available()
-            assert not built
-        q, k, v, gates, selected = make(20)
-        routing = Routing(gates * selected, selected)
-        expected = reference.attend(q, k, v, gates * selected, selected, causal=False, scale=0.125, attn_mask=None)
-        torch.testing.assert_close(head_attention(q, k, v, routing, impl="cpu"), expected)
-    warnings = [r.getMessage() for r in caplog.records if "Compiling" not in r.getMessage()]
-    assert len(warnings) == 1, warnings
-    return reason
-
-
-def test_without_a_compiler(fresh, monkeypatch, caplog):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "no C++ compiler" in failing(caplog)
-
-
-def test_a_compiler_that_fails(fresh, monkeypatch, caplog):
-    monkeypatch.setenv("CXX", "false")
-    assert "false failed" in failing(caplog)
-
-
-def test_a_cache_that_cannot_be_written(fresh, caplog):
-    fresh.write_text("a file where the folder should be")
-    assert "cannot be kept" in failing(caplog)
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no compiler")
-def test_it_builds_where_there_is_a_compiler():
-    """Without this, a kernel that does not compile would only be skipped."""
-    assert BUILT, WHY_NOT
-
-
 @needs_kernel
 @pytest.mark.slow
-@pytest.mark.parametrize("level", list(builder.LEVELS))
+@pytest.mark.parametrize("level", LEVELS[kind_of_processor()])
 def test_every_instruction_set(level):
     """The builds for lesser CPUs, which this one can run as well."""
-    levels = list(builder.LEVELS)
+    levels = list(LEVELS[kind_of_processor()])
     if levels.index(level) <= levels.index(cpu.best_level()):
         pytest.skip("the other tests run the best one of this CPU; a better one it cannot run")
-    tests = "odd_sizes or head_dimensions or masks or bf16 or bad_numbers or far_scores or builds_where or other_widths"
+    tests = "odd_sizes or head_dimensions or masks or bf16 or bad_numbers or far_scores or other_widths"
     files = [__file__, str(Path(__file__).with_name("test_aggregated.py"))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", tests]
     run = subprocess.run(command, env={**os.environ, "MIXHEAD_CPU_LEVEL": level}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
-
-
-def test_an_unknown_instruction_set_is_the_users_mistake(monkeypatch):
-    monkeypatch.setenv("MIXHEAD_CPU_LEVEL", "avx1024")
-    with pytest.raises(MixheadError, match="avx1024"):
-        builder.detect_level.__wrapped__()
-
-
-def test_nothing_is_compiled_at_import(tmp_path):
-    environment = {**os.environ, "MIXHEAD_CACHE": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", "import mixhead.ops"], env=environment, check=True, timeout=300)
-    assert list(tmp_path.iterdir()) == []

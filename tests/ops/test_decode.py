@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mixhead.ops import cpu, explain, head_attention
-from mixhead.ops.cpu import compiling as builder
+from mixhead.ops.cpu.level import LEVELS, kind_of_processor
 from mixhead.routing import Routing
 
 BUILT, WHY_NOT = cpu.available()
@@ -264,10 +264,10 @@ def test_auto_decodes_with_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", list(builder.LEVELS))
+@pytest.mark.parametrize("level", LEVELS[kind_of_processor()])
 def test_every_instruction_set(level):
     """The builds for lesser CPUs, which this one can run as well."""
-    levels = list(builder.LEVELS)
+    levels = list(LEVELS[kind_of_processor()])
     if levels.index(level) <= levels.index(cpu.best_level()):
         pytest.skip("the other tests run the best one of this CPU; a better one it cannot run")
     tests = "odd_sizes or head_dimensions or group or masks or static or bad_numbers or far_scores or threads"

@@ -16,7 +16,7 @@ from mixhead.ops import (
 )
 from mixhead.ops.cpu import projections as kernel
 
-BUILT, WHY_NOT = cpu.available()
+BUILT, WHY_NOT = cpu.available("projections")
 needs_kernel = pytest.mark.skipif(not BUILT, reason=WHY_NOT)
 ENGINES = [name for name in PROJECTIONS if name != "reference"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}

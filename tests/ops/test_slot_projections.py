@@ -7,7 +7,7 @@ from mixhead.errors import MixheadError
 from mixhead.ops import SLOT_PROJECTIONS, cpu, explain_slot_projection, project_from_slots, project_to_slots
 from mixhead.ops.cpu import projections as kernel
 
-BUILT, WHY_NOT = cpu.available()
+BUILT, WHY_NOT = cpu.available("projections")
 needs_kernel = pytest.mark.skipif(not BUILT, reason=WHY_NOT)
 ENGINES = [name for name in SLOT_PROJECTIONS if name != "reference"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.ops.cpu import compiling
+from mixhead.ops.cpu import best_level, compiling
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def machine(threads: int) -> dict[str, str | int]:
     return {
         "torch": torch.__version__,
         "cpu": cpu_model(),
-        "instruction_set": compiling.best_level(),
+        "instruction_set": best_level(),
         "kernel": sources_checksum(),
         "threads": threads,
     }

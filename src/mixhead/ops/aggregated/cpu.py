@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mixhead.ops.aggregated.arguments import AggregatedArguments
-from mixhead.ops.cpu.compiling import best_level
+from mixhead.ops.cpu.level import best_level
 from mixhead.ops.cpu.usable import unusable
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Widest head that the kernel takes, by instruction set, as in the source.
-MAX_HEAD_DIM = {"amx": 64, "avx512_bf16": 64, "avx512": 64, "avx2": 32, "plain": 32}
+MAX_HEAD_DIM = {"amx": 64, "avx512_bf16": 64, "avx512": 64, "avx2": 32, "neon": 32, "plain": 32}
 MAX_WINDOW = 7
 
 INPUTS = (
@@ -63,7 +63,7 @@ def refusal(q_BHND: Tensor, k_BHTD: Tensor, window: int) -> str | None:
         return "there is nothing to compute"
     if q_BHND.shape[-1] > MAX_HEAD_DIM[best_level()] or window > MAX_WINDOW:
         return "the heads or the window are wider than the kernel takes"
-    return unusable()
+    return unusable("aggregated")
 
 
 def empty_by_token(x_BHND: Tensor) -> Tensor:

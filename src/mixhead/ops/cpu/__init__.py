@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixhead.ops.cpu.compiling import available, best_level, build, loaded_level
+from mixhead.ops.cpu.level import best_level
+from mixhead.ops.cpu.loading import available, build, loaded_level
 from mixhead.ops.cpu.operators import attend
 from mixhead.ops.cpu.usable import transformed, unusable
 

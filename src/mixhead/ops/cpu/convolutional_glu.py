@@ -31,7 +31,7 @@ def refusal(hidden_BNK: Tensor) -> str | None:
         return f"the kernel takes float32 and bfloat16, not {hidden_BNK.dtype}"
     if hidden_BNK.numel() == 0:
         return "there is nothing to compute"
-    return unusable()
+    return unusable("convolutional_glu")
 
 
 def glu(hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixhead.ops.cpu.compiling import best_level
+from mixhead.ops.cpu.level import best_level
 from mixhead.ops.cpu.usable import unusable
 
 torch.library.define(
@@ -47,7 +47,7 @@ def refusal(rows: Tensor) -> str | None:
         return "this CPU has no instructions for products in bfloat16"
     if rows.dtype not in (torch.float32, torch.bfloat16):
         return f"the kernel computes in float32 and bfloat16, not in {rows.dtype}"
-    return unusable()
+    return unusable("projections")
 
 
 def pays(dtype: torch.dtype) -> bool:

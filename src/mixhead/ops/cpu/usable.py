@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-from mixhead.ops.cpu.compiling import available
+from mixhead.ops.cpu.loading import available
 
 
-def unusable() -> str | None:
-    """Why no kernel can run now, in a sentence; None where they can. May build them."""
+def unusable(library: str = "attention") -> str | None:
+    """Why the kernels of a library cannot run now, in a sentence; None where they can. May build them."""
     if transformed():
         return "the C++ kernels have no rules for torch.func and forward-mode derivatives"
-    built, reason = available()
+    built, reason = available(library)
     return None if built else reason
 
 
