@@ -22,7 +22,8 @@ from diffusers import DDIMScheduler
 
 from mixhead.bench.results import describe_machine
 from mixhead.bench.timing import race, ratio, threads
-from mixhead.models.moh_dit import DiTAttention, MoHDiT, MoHDiTConfig, denoise
+from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig, denoise
+from mixhead.nn import MixtureOfHeadAttention
 from mixhead.routing import mean_balance_loss
 
 SIZE = {"sample_size": 64, "in_channels": 3, "num_classes": 10}
@@ -80,7 +81,7 @@ def error(model: MoHDiT) -> float:
 
     Layer by layer on the same input: over a whole model, rounding changes the choice of a head here and there.
     """
-    seen: list[tuple[DiTAttention, torch.Tensor]] = []
+    seen: list[tuple[MixtureOfHeadAttention, torch.Tensor]] = []
     hooks = [
         attention.register_forward_pre_hook(lambda module, arguments: seen.append((module, arguments[0])))
         for _, attention in model.named_attention()
@@ -91,9 +92,9 @@ def error(model: MoHDiT) -> float:
     return max(layer_error(attention, hidden) for attention, hidden in seen)
 
 
-def layer_error(attention: DiTAttention, hidden: torch.Tensor) -> float:
+def layer_error(attention: MixtureOfHeadAttention, hidden: torch.Tensor) -> float:
     found = []
-    for attend in (all_heads_with_gates, lambda attention, hidden: attention(hidden)[0]):
+    for attend in (all_heads_with_gates, lambda attention, hidden: attention(hidden)):
         leaf = hidden.clone().requires_grad_()
         output = attend(attention, leaf)
         gradients = torch.autograd.grad(
@@ -104,10 +105,11 @@ def layer_error(attention: DiTAttention, hidden: torch.Tensor) -> float:
     return max(float((a - e).abs().max() / e.abs().max()) for e, a in zip(*found, strict=True))
 
 
-def all_heads_with_gates(attention: DiTAttention, hidden: torch.Tensor) -> torch.Tensor:
+def all_heads_with_gates(attention: MixtureOfHeadAttention, hidden: torch.Tensor) -> torch.Tensor:
     """What a routed layer computes, with every head computed and most of them multiplied by 0."""
-    gates = attention.moh_router(hidden).gates_BNH
-    q, k, v = (attention.split_heads(p(hidden)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    gates = attention.router(hidden).gates_BNH
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = (p(hidden).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for p in projections)
     heads = torch.nn.functional.scaled_dot_product_attention(q, k, v) * gates.transpose(1, 2).unsqueeze(-1)
     return attention.o_proj(heads.transpose(1, 2).flatten(2))
 

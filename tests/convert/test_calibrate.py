@@ -10,7 +10,8 @@ from zoo import ZOO, tokens
 import mixhead
 from mixhead import CalibrationConfig, MixheadError, MoHConfig
 from mixhead.convert.budget import share_out
-from mixhead.convert.statistics import LossTrace, MeanTrace, ScoreTrace
+from mixhead.convert.statistics import LossSums, ScoreSums, Statistics
+from mixhead.convert.subject import ConvertedModel
 from mixhead.models.hugging_face import find_sites
 from mixhead.routing import top_k_mask
 
@@ -79,9 +80,9 @@ def test_fitted_routers_lose_less_than_other_choices_of_as_many_heads():
     routers = {site.name: site.module.moh_router for site in sites}
 
     def lost(select):
-        trace = LossTrace(sites, counts, {site.name: partial(select, site.name) for site in sites}, means)
+        trace = LossSums(sites, counts, {site.name: partial(select, site.name) for site in sites}, means)
         with torch.no_grad():
-            model(input_ids=held_out, routing_trace=trace)
+            ConvertedModel(model).observe({"input_ids": held_out}, trace)
         return sum(float(trace.lost[site.name] / trace.total[site.name]) for site in sites)
 
     fitted = lost(lambda name, hidden, k: top_k_mask(routers[name].score_proj(hidden), k))
@@ -94,12 +95,11 @@ def test_scores_solve_the_ridge_regression_that_they_claim_to():
     model.eval()
     sites, data = find_sites(model), batches()
     means = {site.name: torch.zeros(4, 8) for site in sites}
-    trace, seen = ScoreTrace(sites, means), {}
+    trace, seen = ScoreSums(sites, means), {}
     with torch.no_grad():
         for ids in data:
-            model(input_ids=ids, routing_trace=trace)
-            keep = _Keep(seen)
-            model(input_ids=ids, routing_trace=keep)
+            ConvertedModel(model).observe({"input_ids": ids}, trace)
+            ConvertedModel(model).observe({"input_ids": ids}, _Keep(seen))
     for site in sites:
         hidden = torch.cat([h for h, _ in seen[site.name]]).double()
         heads = torch.cat([o for _, o in seen[site.name]]).double()
@@ -113,9 +113,8 @@ def test_scores_solve_the_ridge_regression_that_they_claim_to():
         torch.testing.assert_close(fit.bias_H.double(), expected[-1], atol=1e-4, rtol=1e-3)
 
 
-class _Keep(MeanTrace):
+class _Keep(Statistics):
     def __init__(self, seen):
-        super().__init__()
         self.seen = seen
 
     def see(self, name, hidden_XC, heads_XHD):
@@ -125,12 +124,12 @@ class _Keep(MeanTrace):
 def test_statistics_do_not_grow_with_the_tokens():
     model = converted()
     sites = find_sites(model)
-    trace = ScoreTrace(sites, {site.name: torch.zeros(4, 8) for site in sites})
+    trace = ScoreSums(sites, {site.name: torch.zeros(4, 8) for site in sites})
     sizes = []
     with torch.no_grad():
         for count in (1, 5):
             for ids in batches(count):
-                model(input_ids=ids, routing_trace=trace)
+                ConvertedModel(model).observe({"input_ids": ids}, trace)
             kept = (trace.gram, trace.cross, trace.norms)
             sizes.append(sum(tensor.numel() for sums in kept for tensor in sums.values()))
     assert sizes[0] == sizes[1]
@@ -149,9 +148,9 @@ def test_padding_does_not_count(side):
     sites = find_sites(model)
     sums = []
     for batch in ({"input_ids": ids}, padded):
-        trace = ScoreTrace(sites, {site.name: torch.zeros(4, 8) for site in sites})
+        trace = ScoreSums(sites, {site.name: torch.zeros(4, 8) for site in sites})
         with torch.no_grad():
-            model(**batch, routing_trace=trace)
+            ConvertedModel(model).observe(batch, trace)
         sums.append([tensor for kept in (trace.gram, trace.cross, trace.norms) for tensor in kept.values()])
     for plain, with_padding in zip(*sums, strict=True):
         torch.testing.assert_close(plain, with_padding, atol=1e-4, rtol=1e-4)

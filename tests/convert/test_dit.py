@@ -101,7 +101,7 @@ def test_calibrated_routing_loses_less_than_other_choices(trained):
     others = {name: convert(name) for name in ("linear", "query_norm")}
     errors = {f"{name}, no stand-ins": distance(model, trained, held_out) for name, model in others.items()}
     for (_, chance), (_, known) in zip(others["linear"].named_attention(), calibrated.named_attention(), strict=True):
-        chance.moh_skipped = known.moh_skipped
+        chance.skipped_HD = known.skipped_HD
     errors["linear"] = distance(others["linear"], trained, held_out)
     error = distance(calibrated, trained, held_out)
     assert error < 0.9 * errors["linear"], errors
@@ -149,7 +149,7 @@ def test_gradients_reach_the_routers():
     (batch,) = batches(1)
     model(**batch).square().mean().backward()
     for _, attention in model.named_attention():
-        assert attention.moh_router.score_proj.weight.grad.abs().sum() > 0
+        assert attention.router.score_proj.weight.grad.abs().sum() > 0
 
 
 def test_and_back():

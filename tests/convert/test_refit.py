@@ -8,7 +8,9 @@ from zoo import ZOO, tokens
 
 import mixhead
 from mixhead import CalibrationConfig, MoHConfig
-from mixhead.convert.refit import OutputTrace
+from mixhead.convert.refit import OutputSums
+from mixhead.convert.statistics import Statistics
+from mixhead.convert.subject import ConvertedModel
 from mixhead.models.hugging_face import find_sites
 from mixhead.modes import evaluation_mode
 
@@ -28,12 +30,16 @@ def batches(name="llama", count=12):
     return [torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(i)) for i in range(count)]
 
 
-def sums(model, data):
-    trace = OutputTrace(find_sites(model))
+def observe(model, data, statistics):
     with evaluation_mode(model), torch.no_grad():
         for ids in data:
-            model(input_ids=ids, routing_trace=trace)
-    return trace
+            ConvertedModel(model).observe({"input_ids": ids}, statistics)
+    return statistics
+
+
+def sums(model, data):
+    subject = ConvertedModel(model)
+    return observe(model, data, OutputSums({site: subject.routing_of(site) for site in subject.sites}))
 
 
 def weights(model):
@@ -45,15 +51,13 @@ def test_it_solves_the_regression_that_it_claims_to():
     site = find_sites(model)[0]
     trace, seen = sums(model, batches()), []
 
-    class Keep(OutputTrace):
+    class Keep(Statistics):
         def see(self, name, hidden_XC, heads_XHD):
             if name == site.name:
                 selected = site.module.moh_router(hidden_XC[None], None, None).selected_BNH[0]
                 seen.append((torch.where(selected[..., None], heads_XHD, site.module.moh_skipped), heads_XHD))
 
-    with evaluation_mode(model), torch.no_grad():
-        for ids in batches():
-            model(input_ids=ids, routing_trace=Keep(find_sites(model)))
+    observe(model, batches(), Keep())
     filled, heads = (torch.cat(parts).flatten(1).double() for parts in zip(*seen, strict=True))
     before = site.output_weight_YC().detach().double()
     strength = 1e-2 * filled.square().sum(0).mean()

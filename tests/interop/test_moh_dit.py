@@ -87,7 +87,7 @@ def test_weights_that_do_not_fit_are_named(golden):
     case = golden("moh_dit_model")
     weights = case.state_dict
     without = {k: v for k, v in weights.items() if k != "blocks.1.attn.wg_0.weight"}
-    with pytest.raises(MixheadError, match=r"missing \['blocks.1.attention.moh_router.stage_proj.weight'\]"):
+    with pytest.raises(MixheadError, match=r"missing \['blocks.1.attention.router.stage_proj.weight'\]"):
         from_official("moh_dit", case.config, without)
     with pytest.raises(MixheadError, match=r"unexpected \['blocks.0.attention.wg_2.weight'\]"):
         from_official("moh_dit", case.config, {**weights, "blocks.0.attn.wg_2.weight": torch.ones(1)})

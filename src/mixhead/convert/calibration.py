@@ -13,23 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mixhead.convert.budget import share_out
-from mixhead.convert.dit import dit_sites, set_dit_layer_heads
-from mixhead.convert.refit import OutputTrace, routes
-from mixhead.convert.statistics import LayerFit, LossTrace, MeanTrace, ScoreTrace
-from mixhead.convert.swap import set_layer_heads
+from mixhead.convert.refit import OutputSums
+from mixhead.convert.statistics import LayerFit, LossSums, Means, ScoreSums, Statistics
+from mixhead.convert.subject import Subject, subject_of
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import AttentionSite, LayerHeads, MoHModelMixin, RoutingTrace, find_sites
-from mixhead.models.moh_dit import MoHDiT
+from mixhead.models.hugging_face import AttentionSite
 from mixhead.modes import autocast_to, evaluation_mode
-from mixhead.routing import grouped_top_k_mask
+from mixhead.routing import LayerHeads, grouped_top_k_mask
 
 Batch = Tensor | Mapping[str, Any]
 OnProgress = Callable[[int, int], None]
@@ -135,45 +131,6 @@ class CalibrationReport:
         return table
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A converted model as calibration sees it.
-
-    Attributes:
-        model: called with the batches' entries and `routing_trace`.
-        sites: its attention modules.
-        heads: heads of each.
-        groups: in how many groups of each equally many heads are active.
-        set_heads: gives the layer at an index other heads, with a fresh router.
-    """
-
-    model: nn.Module
-    sites: list[AttentionSite]
-    heads: list[LayerHeads]
-    groups: list[int]
-    set_heads: Callable[[int, LayerHeads], None]
-
-
-def subject_of(model: nn.Module) -> Subject:
-    """The model as calibration sees it; raises where it has no linear routers."""
-    if isinstance(model, MoHDiT) and model.config.router == "linear" and model.config.shared_heads is not None:
-        layers = list(model.config.layers)
-        return Subject(model, dit_sites(model), layers, [1] * len(layers), partial(set_dit_layer_heads, model))
-    if not isinstance(model, MoHModelMixin) or model.config.moh["router"] != "linear":
-        raise MixheadError(
-            "mixhead.calibrate fits the linear router: convert the model with MoHConfig(router='linear')."
-        )
-    converted = cast(PreTrainedModel, model)
-    sites = find_sites(converted)
-    return Subject(
-        converted,
-        sites,
-        [LayerHeads(**layer) for layer in model.config.moh["layers"]],
-        [site.num_key_value_heads if model.config.moh["group_balanced"] else 1 for site in sites],
-        lambda i, heads: set_layer_heads(converted, sites[i], i, heads),
-    )
-
-
 def calibrate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -213,10 +170,9 @@ class Calibration:
         config: CalibrationConfig,
         on_progress: OnProgress | None,
     ) -> None:
-        self.model, self.config = subject.model, config
+        self.subject, self.config = subject, config
         self.batches = batches
-        self.sites, self.heads, self.groups = subject.sites, subject.heads, subject.groups
-        self.set_heads = subject.set_heads
+        self.model, self.sites, self.heads, self.groups = subject.model, subject.sites, subject.heads, subject.groups
         self.pilots = self.batches[: config.pilot_batches]
         self.probe_batch = {
             name: value[: config.probe_sequences] if isinstance(value, Tensor) and value.dim() else value
@@ -273,17 +229,17 @@ class Calibration:
 
     def measure_means(self) -> dict[str, Tensor]:
         """Step 1."""
-        trace = MeanTrace()
-        self.forward(self.pilots, trace)
-        self.require_all(trace.sums)
-        return {site.name: trace.mean_HD(site.name) for site in self.sites}
+        statistics = Means()
+        self.observe(self.pilots, statistics)
+        self.require_all(statistics.sums)
+        return {site.name: statistics.mean_HD(site.name) for site in self.sites}
 
     def fit_scores(self, means: dict[str, Tensor]) -> dict[str, LayerFit]:
         """Step 2: the router of every layer."""
-        trace = ScoreTrace(self.sites, means)
-        self.forward(self.batches, trace)
-        self.tokens_seen = int(next(iter(trace.gram.values()))[-1, -1])
-        return {site.name: trace.fit(site.name, self.config.ridge) for site in self.sites}
+        statistics = ScoreSums(self.sites, means)
+        self.observe(self.batches, statistics)
+        self.tokens_seen = int(next(iter(statistics.gram.values()))[-1, -1])
+        return {site.name: statistics.fit(site.name, self.config.ridge) for site in self.sites}
 
     def choose_shared(self, index: int, fit: LayerFit) -> Tensor:
         """Step 2: the heads with the largest mean contribution, equally many in every group: bool [H]."""
@@ -310,20 +266,17 @@ class Calibration:
             return select
 
         select = {site.name: selector(site.name, groups) for site, groups in zip(self.sites, self.groups, strict=True)}
-        trace = LossTrace(self.sites, counts, select, {name: fit.mean_HD for name, fit in fits.items()})
-        self.forward(self.pilots, trace)
-        losses = {name: dict(zip(counts[name], lost.tolist(), strict=True)) for name, lost in trace.lost.items()}
-        return losses, {name: float(total) for name, total in trace.total.items()}
+        sums = LossSums(self.sites, counts, select, {name: fit.mean_HD for name, fit in fits.items()})
+        self.observe(self.pilots, sums)
+        losses = {name: dict(zip(counts[name], lost.tolist(), strict=True)) for name, lost in sums.lost.items()}
+        return losses, {name: float(total) for name, total in sums.total.items()}
 
     def probe(self, fits: dict[str, LayerFit], shared: dict[str, Tensor]) -> dict[str, float]:
         """Step 3: how far the output moves when one layer alone is routed, as in the configured budget."""
         self.install(self.probe_heads(), fits, shared)
         routed = [site.name for site, heads in zip(self.sites, self.probe_heads(), strict=True) if not heads.is_dense]
-        dense = comparable_output(self.run_model(self.probe_batch, OnlyTrace(None)))
-        return {
-            name: divergence(dense, comparable_output(self.run_model(self.probe_batch, OnlyTrace(name))))
-            for name in routed
-        }
+        dense = comparable_output(self.run_model(self.probe_batch, None))
+        return {name: divergence(dense, comparable_output(self.run_model(self.probe_batch, name))) for name in routed}
 
     def probe_heads(self) -> list[LayerHeads]:
         """The heads at which layers are probed: two thirds of them, a number at which a difference shows."""
@@ -355,37 +308,48 @@ class Calibration:
     def install(self, layers: Sequence[LayerHeads], fits: dict[str, LayerFit], shared: dict[str, Tensor]) -> None:
         """Writes what was fitted into the model."""
         for index, (site, heads) in enumerate(zip(self.sites, layers, strict=True)):
-            self.set_heads(index, heads)
-            router: Any = site.module.moh_router
-            if router is None:
+            self.subject.set_heads(index, heads)
+            if heads.is_dense:
                 continue
-            fit, module = fits[site.name], cast(Any, site.module)
+            fit, parts = fits[site.name], self.subject.routing_of(site)
             with torch.no_grad():
-                router.score_proj.weight.copy_(fit.weight_HC)
-                router.score_proj.bias.copy_(fit.bias_H)
-                router.shared_H.copy_(shared[site.name])
-                module.moh_skipped.copy_(fit.mean_HD)
+                parts.router.score_proj.weight.copy_(fit.weight_HC)
+                parts.router.score_proj.bias.copy_(fit.bias_H)
+                parts.router.shared_H.copy_(shared[site.name])
+                parts.skipped_HD.copy_(fit.mean_HD)
 
     def refit_outputs(self) -> dict[str, float]:
         """Step 4; returns the share of the output's energy that is still lost, of every layer that routes."""
-        trace = OutputTrace(self.sites)
-        self.forward(self.batches, trace)
-        return {site.name: trace.refit(site, self.config.output_ridge) for site in self.sites if routes(site)}
+        sums = OutputSums({site: self.subject.routing_of(site) for site in self.routed_sites()})
+        self.observe(self.batches, sums)
+        return {site.name: sums.refit(site, self.config.output_ridge) for site in self.routed_sites()}
 
-    def forward(self, batches: Sequence[Mapping[str, Any]], trace: RoutingTrace) -> None:
-        """Runs the model on batches for a trace's sake."""
+    def routed_sites(self) -> list[AttentionSite]:
+        """The modules at which tokens skip heads."""
+        return [site for site, heads in zip(self.sites, self.heads, strict=True) if not heads.is_dense]
+
+    def observe(self, batches: Sequence[Mapping[str, Any]], statistics: Statistics) -> None:
+        """Runs the model on batches, densely, and shows what its attention computes."""
         for batch in batches:
-            self.run_model(batch, trace)
+            self.subject.observe(self.on_device(batch), statistics)
+            self.step()
 
-    def run_model(self, batch: Mapping[str, Any], trace: RoutingTrace) -> Any:
-        """One forward pass; counts as a step."""
+    def run_model(self, batch: Mapping[str, Any], routed: str | None) -> Any:
+        """What the model says where that layer alone routes, or none."""
+        output = self.subject.run(self.on_device(batch), routed)
+        self.step()
+        return output
+
+    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch where the model's weights are."""
         device = device_of(self.model)
-        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        output = self.model(**inputs, routing_trace=trace)
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+    def step(self) -> None:
+        """One forward pass more is done."""
         self.done += 1
         if self.on_progress is not None:
             self.on_progress(self.done, self.steps)
-        return output
 
     def require_all(self, seen: Mapping[str, Any]) -> None:
         """Every layer must have been reached by the batches."""
@@ -395,18 +359,6 @@ class Calibration:
                 f"The batches never reach {missing[0]} (and {len(missing) - 1} more layers): give batches that use the "
                 "whole model, for example pixel_values beside input_ids."
             )
-
-
-class OnlyTrace(RoutingTrace):
-    """Lets one layer route, or none."""
-
-    def __init__(self, only: str | None) -> None:
-        super().__init__()
-        self.only = only
-
-    def routes(self, name: str) -> bool:
-        """Whether this is the one."""
-        return name == self.only
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import LayerHeads
 from mixhead.nn.moh import ROUTERS
+from mixhead.routing import LayerHeads
 
 Shares = float | Sequence[float]
 Counts = int | Sequence[int]

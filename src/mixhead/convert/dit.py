@@ -14,8 +14,10 @@ from torch import Tensor
 
 from mixhead.convert.config import MoHConfig
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import AttentionSite, LayerHeads
+from mixhead.models.hugging_face import AttentionSite
 from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig
+from mixhead.nn import MixtureOfHeadAttention
+from mixhead.routing import LayerHeads, TwoStageRouter
 
 TRAINING_STEPS = 1000
 
@@ -27,11 +29,9 @@ def convert_dit(model: MoHDiT, config: MoHConfig) -> MoHDiT:
     heads = [layer.num_heads for layer in model.config.layers]
     layers = config.resolve(heads, heads)
     model.config = with_layers(replace(model.config, router=config.router), layers)
-    for (_, attention), layer, routes in zip(model.named_attention(), layers, model.config.routes, strict=True):
+    for index, routes in enumerate(model.config.routes):
         if routes:
-            attention.set_heads(layer, config.router)
-            if config.router == "two_stage":
-                attention.moh_router.reset_parameters()  # type: ignore[union-attr,operator]
+            attach_dit_router(model, index)
     return model
 
 
@@ -48,20 +48,34 @@ def revert_dit(model: MoHDiT) -> MoHDiT:
 def dit_sites(model: MoHDiT) -> list[AttentionSite]:
     """The attention modules of a DiT."""
     return [
-        AttentionSite(name, module, module.hidden_size, module.num_heads, module.num_heads, module.o_proj)
+        AttentionSite(name, module, model.config.hidden_size, module.num_heads, module.num_heads, module.o_proj)
         for name, module in model.named_attention()
     ]
 
 
 def set_dit_layer_heads(model: MoHDiT, index: int, heads: LayerHeads) -> None:
     """Gives one layer of a converted DiT another number of heads, with a fresh router."""
-    _, attention = list(model.named_attention())[index]
-    attention.remove_router()
-    if not heads.is_dense:
-        attention.set_heads(heads, model.config.router)
     layers = list(model.config.layers)
     layers[index] = heads
     model.config = with_layers(model.config, layers)
+    attention_of(model, index).remove_router()
+    if not heads.is_dense:
+        attach_dit_router(model, index)
+
+
+def attach_dit_router(model: MoHDiT, index: int) -> None:
+    """A fresh router for a layer, as the configuration says; where its gates are 0 / 1, constants for skipped heads."""
+    heads, attention = model.config.layers[index], attention_of(model, index)
+    attention.set_router(model.config.router, heads.shared_heads, heads.top_k)
+    if isinstance(attention.router, TwoStageRouter):
+        attention.router.reset_parameters()
+    else:
+        attention.reset_skipped()
+
+
+def attention_of(model: MoHDiT, index: int) -> MixtureOfHeadAttention:
+    """The attention of a layer."""
+    return [attention for _, attention in model.named_attention()][index]
 
 
 def with_layers(config: MoHDiTConfig, layers: Sequence[LayerHeads]) -> MoHDiTConfig:
@@ -69,7 +83,7 @@ def with_layers(config: MoHDiTConfig, layers: Sequence[LayerHeads]) -> MoHDiTCon
     return replace(
         config,
         shared_heads=tuple(layer.shared_heads for layer in layers),
-        top_k=tuple(layer.active_heads - layer.shared_heads for layer in layers),
+        top_k=tuple(layer.top_k for layer in layers),
     )
 
 

@@ -13,39 +13,37 @@ Shape legend: X real tokens of one call, C hidden size, H heads, D head dim, Y =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from mixhead.convert.statistics import StatisticsTrace, add_to
+from mixhead.convert.statistics import Statistics, add_to
+from mixhead.convert.subject import RoutingParts
 from mixhead.models.hugging_face import AttentionSite
 
 
-def routes(site: AttentionSite) -> bool:
-    """Whether tokens skip heads there."""
-    return getattr(site.module, "moh_router", None) is not None
+class OutputSums(Statistics):
+    """Sums for that fit.
 
+    Args:
+        routing: the modules at which tokens skip heads, and the router and constants of each.
+    """
 
-class OutputTrace(StatisticsTrace):
-    """Sums for that fit, in every layer that routes."""
-
-    def __init__(self, sites: Sequence[AttentionSite]) -> None:
-        super().__init__()
-        self.sites = {site.name: site for site in sites if routes(site)}
+    def __init__(self, routing: Mapping[AttentionSite, RoutingParts]) -> None:
+        self.routing = {site.name: (site, parts) for site, parts in routing.items()}
         self.gram: dict[str, Tensor] = {}
         self.cross: dict[str, Tensor] = {}
         self.energy: dict[str, Tensor] = {}
 
     def see(self, name: str, hidden_XC: Tensor, heads_XHD: Tensor) -> None:
         """Adds the tokens to the normal equations."""
-        if name not in self.sites:
+        if name not in self.routing:
             return
-        site = self.sites[name]
-        module = cast(Any, site.module)
-        selected_XH = module.moh_router(hidden_XC[None], None, None).selected_BNH[0]
-        filled_XHD = torch.where(selected_XH.unsqueeze(-1), heads_XHD, module.moh_skipped.float())
+        site, parts = self.routing[name]
+        selected_XH = parts.router(hidden_XC[None], None, None).selected_BNH[0]
+        filled_XHD = torch.where(selected_XH.unsqueeze(-1), heads_XHD, parts.skipped_HD.float())
         inputs_XZ = torch.cat([filled_XHD.flatten(1), filled_XHD.new_ones(len(filled_XHD), 1)], 1)
         output_XC = heads_XHD.flatten(1) @ site.output_weight_YC().float()
         add_to(self.gram, name, inputs_XZ.T @ inputs_XZ)

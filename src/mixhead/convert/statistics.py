@@ -1,7 +1,7 @@
 """What calibration measures while a model runs: streamed sums, so that memory does not grow with the tokens.
 
-Every trace here is handed down to the attention modules like any `RoutingTrace`; it is shown the input and all heads of
-the modules and keeps sums only.
+Every class here is shown the input and all heads of the attention modules while the model runs with all heads
+(`Subject.observe`), and keeps sums only.
 
 Shape legend: X real tokens of one call, C hidden size, H heads, D head dim.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import AttentionSite, RoutingTrace
+from mixhead.models.hugging_face import AttentionSite
 
 
 @dataclass
@@ -28,20 +28,12 @@ class LayerFit:
     mean_norm_H: Tensor
 
 
-class StatisticsTrace(RoutingTrace):
-    """Runs every layer densely and shows its real tokens to `see`, once per call."""
+class Statistics:
+    """Shown the input and all heads of every attention module of a dense run, it passes the real tokens to `see`."""
 
-    def wants_heads(self, name: str) -> bool:
-        """Always: statistics are those of the original model."""
-        del name
-        return True
-
-    def observe(
-        self, name: str, hidden_BNC: Tensor, q_BHND: Tensor, heads_BHND: Tensor, token_mask_BN: Tensor | None
-    ) -> None:
+    def observe(self, name: str, hidden_BNC: Tensor, heads_BNHD: Tensor, token_mask_BN: Tensor | None) -> None:
         """Cuts out the real tokens and refuses NaN and infinity, which would spoil every sum."""
-        del q_BHND
-        hidden_XC, heads_XHD = hidden_BNC.flatten(0, 1), heads_BHND.transpose(1, 2).flatten(0, 1)
+        hidden_XC, heads_XHD = hidden_BNC.flatten(0, 1), heads_BNHD.flatten(0, 1)
         if token_mask_BN is not None:
             keep_X = token_mask_BN.flatten()
             hidden_XC, heads_XHD = hidden_XC[keep_X], heads_XHD[keep_X]
@@ -58,11 +50,10 @@ class StatisticsTrace(RoutingTrace):
         raise NotImplementedError
 
 
-class MeanTrace(StatisticsTrace):
+class Means(Statistics):
     """Mean output of every head."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
@@ -76,14 +67,13 @@ class MeanTrace(StatisticsTrace):
         return (self.sums[name] / max(self.counts[name], 1)).float()
 
 
-class ScoreTrace(StatisticsTrace):
+class ScoreSums(Statistics):
     """Sums for a ridge regression of each head's log contribution norm on the hidden states.
 
     The contribution of a head to a token is (H_i - mean of H_i) W_O^i: what the token loses where the mean stands in.
     """
 
     def __init__(self, sites: Sequence[AttentionSite], means: dict[str, Tensor]) -> None:
-        super().__init__()
         self.means = means
         self.metrics_HDD = {site.name: output_metric_HDD(site) for site in sites}
         self.gram: dict[str, Tensor] = {}
@@ -116,7 +106,7 @@ class ScoreTrace(StatisticsTrace):
         )
 
 
-class LossTrace(StatisticsTrace):
+class LossSums(Statistics):
     """Output energy that a layer loses when each token keeps only k heads, for several k at once.
 
     Attributes:
@@ -131,7 +121,6 @@ class LossTrace(StatisticsTrace):
         select: dict[str, Callable[[Tensor, int], Tensor]],
         means: dict[str, Tensor],
     ) -> None:
-        super().__init__()
         self.weights_HDC = {site.name: site.output_weight_HDC().detach().float() for site in sites}
         self.counts, self.select, self.means = counts, select, means
         self.lost: dict[str, Tensor] = {}

@@ -15,7 +15,6 @@ from mixhead.convert.jetmoe import convert_jetmoe
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import (
     AttentionSite,
-    LayerHeads,
     MoHModelMixin,
     attach_router,
     attach_routers,
@@ -28,6 +27,7 @@ from mixhead.models.hugging_face import (
 )
 from mixhead.models.jetmoe import is_in_slots, take_out_of_slots
 from mixhead.models.moh_dit import MoHDiT
+from mixhead.routing import LayerHeads
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -47,7 +47,7 @@ def moh_dit_attention(config: Mapping[str, Any], state_dict: Mapping[str, Tensor
         head_dim=config["head_dim"],
         bias="qkv.bias" in state_dict,
     )
-    load_exactly(attention, rename_attention(state_dict, router="router"))
+    load_exactly(attention, rename_attention(state_dict))
     return attention
 
 
@@ -109,13 +109,13 @@ def rename_model(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             renamed[block[1] + swap_stem(block[2], IN_BLOCK)] = tensor
     for block_name, weights in attention.items():
-        for name, tensor in rename_attention(weights, router="moh_router").items():
+        for name, tensor in rename_attention(weights).items():
             renamed[f"{block_name}attention.{name}"] = tensor
     return renamed
 
 
-def rename_attention(state_dict: Mapping[str, Tensor], router: str) -> dict[str, Tensor]:
-    """Official names of an attention layer to ours, `router` being the attribute that holds the router."""
+def rename_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official names of an attention layer to ours."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         stem, _, suffix = name.rpartition(".")
@@ -125,7 +125,7 @@ def rename_attention(state_dict: Mapping[str, Tensor], router: str) -> dict[str,
         elif stem == "proj":
             renamed[f"o_proj.{suffix}"] = tensor
         else:
-            renamed[f"{router}.{ROUTER[stem]}.{suffix}" if stem in ROUTER else name] = tensor
+            renamed[f"router.{ROUTER[stem]}.{suffix}" if stem in ROUTER else name] = tensor
     return renamed
 
 
@@ -242,7 +242,7 @@ def export_moh_dit(dit: MoHDiT, path: str | os.PathLike[str]) -> None:
 def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `rename_model` undoes: our names to the official ones, queries, keys and values in one matrix."""
     outside, in_block = ({ours: theirs for theirs, ours in names.items()} for names in (OUTSIDE, IN_BLOCK))
-    router = {f"moh_router.{ours}": f"attn.{theirs}" for theirs, ours in ROUTER.items()}
+    router = {f"router.{ours}": f"attn.{theirs}" for theirs, ours in ROUTER.items()}
     in_attention = {"o_proj": "attn.proj", **router}
     official: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mixhead.errors import MixheadError, first_line, some
-from mixhead.models.hugging_face import LayerHeads, moh_config_class, moh_model_class, register_models
-from mixhead.routing import BinaryRouter
+from mixhead.models.hugging_face import moh_config_class, moh_model_class, register_models
+from mixhead.routing import BinaryRouter, LayerHeads
 
 SHARED_SHARE, ACTIVE_SHARE = 0.5, 0.75
 

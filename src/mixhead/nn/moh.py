@@ -5,12 +5,13 @@ Shape legend: B batch, N queries, T keys, C hidden size, H query heads, K key-va
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
 from mixhead.ops import explain_projection, head_attention, project_from_heads, project_to_heads, weight_by_head
+from mixhead.ops.stock import stock_attention
 from mixhead.routing import LinearRouter, QueryNormRouter, Routing, TwoStageRouter
 
 
@@ -37,9 +38,18 @@ class MixtureOfHeadAttention(nn.Module):
         head_dim: D; hidden_size / num_heads by default.
         key_value_size: width of the states that keys and values come from; `hidden_size` by default.
         bias: whether the query, key and value projections have a bias; the output projection always has one.
-        router: "two_stage" (learned, weighted gates), "query_norm" (no parameters, 0 / 1) or "linear" (0 / 1).
+        router: "two_stage" (learned, weighted gates), "query_norm" (no parameters, 0 / 1) or "linear" (0 / 1); None for
+            plain multi-head attention, which `set_router` can change later.
         group_balanced: equally many active heads in every key-value group ("query_norm" and "linear" only).
+
+    Attributes:
+        router: decides which heads a token uses; None where every token uses all.
+        skipped_HD: what stands in for the output of a head that a token skips, or None: a constant, so that a skipped
+            head still costs nothing.
     """
+
+    router: Any
+    skipped_HD: Tensor | None
 
     def __init__(
         self,
@@ -52,7 +62,7 @@ class MixtureOfHeadAttention(nn.Module):
         head_dim: int | None = None,
         key_value_size: int | None = None,
         bias: bool = True,
-        router: str = "two_stage",
+        router: str | None = "two_stage",
         group_balanced: bool = False,
     ) -> None:
         super().__init__()
@@ -80,8 +90,25 @@ class MixtureOfHeadAttention(nn.Module):
         self.k_proj = nn.Linear(key_value_size, self.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(key_value_size, self.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size)
+        self.router = None
+        self.register_buffer("skipped_HD", None)
+        if router is not None:
+            self.set_router(router, shared_heads, top_k, group_balanced=group_balanced)
+
+    def set_router(self, kind: str, shared_heads: int, top_k: int, *, group_balanced: bool = False) -> None:
+        """A fresh router of that kind, in the dtype and on the device of the weights."""
+        weight = self.o_proj.weight
         num_groups = self.num_key_value_heads if group_balanced else 1
-        self.router = make_router(router, hidden_size, num_heads, shared_heads, top_k, num_groups)
+        made = make_router(kind, self.q_proj.in_features, self.num_heads, shared_heads, top_k, num_groups)
+        self.router = made.to(device=weight.device, dtype=weight.dtype).train(self.training)
+
+    def reset_skipped(self) -> None:
+        """Lets zeros stand in for skipped heads, until calibration measures their mean outputs."""
+        self.skipped_HD = self.o_proj.weight.new_zeros(self.num_heads, self.head_dim)
+
+    def remove_router(self) -> None:
+        """All heads again."""
+        self.router = self.skipped_HD = None
 
     def forward(
         self,
@@ -95,7 +122,7 @@ class MixtureOfHeadAttention(nn.Module):
         layer_idx: int = 0,
         return_routing: bool = False,
         impl: str = "auto",
-    ) -> Tensor | tuple[Tensor, Routing]:
+    ) -> Tensor | tuple[Tensor, Routing | None]:
         """Attends from `hidden_states` to `key_value_states`, or to itself where there are none.
 
         Args:
@@ -110,7 +137,7 @@ class MixtureOfHeadAttention(nn.Module):
             impl: the engine, see `mixhead.ops.head_attention`.
 
         Returns:
-            The output [B, N, C], or (output, routing).
+            The output [B, N, C], or (output, routing); the routing is None where there is no router.
         """
         if past_key_values is not None and key_value_states is not None:
             raise MixheadError("past_key_values goes with self-attention: give either it or key_value_states.")
@@ -118,19 +145,45 @@ class MixtureOfHeadAttention(nn.Module):
         if key_value_states is not None:
             check_states("key_value_states", key_value_states, self.k_proj.in_features)
         source = hidden_states if key_value_states is None else key_value_states
-        if self.router.needs_query:
-            q_BHND = self._split_heads(self.q_proj(hidden_states))
-            routing = self.router(hidden_states, q_BHND, token_mask_BN)
-        else:
-            routing = self.router(hidden_states, None, token_mask_BN)
-            q_BHND = project_queries(self.q_proj, hidden_states, routing)
+        routing, q_BHND = self._route(hidden_states, token_mask_BN)
         k_BKTD = self._split_heads(self.k_proj(source))
         v_BKTD = self._split_heads(self.v_proj(source))
         if past_key_values is not None:
             k_BKTD, v_BKTD = past_key_values.update(k_BKTD, v_BKTD, layer_idx)
-        out_BHND = head_attention(q_BHND, k_BKTD, v_BKTD, routing, causal=causal, attn_mask=attn_mask, impl=impl)
-        output_BNC = project_output(self.o_proj, out_BHND, routing)
+        if routing is None:
+            output_BNC = self._all_heads(q_BHND, k_BKTD, v_BKTD, causal, attn_mask)
+        else:
+            out_BHND = head_attention(q_BHND, k_BKTD, v_BKTD, routing, causal=causal, attn_mask=attn_mask, impl=impl)
+            output_BNC = project_output(self.o_proj, out_BHND, routing)
+            if self.skipped_HD is not None:
+                output_BNC = output_BNC + self._stand_in(routing, output_BNC)
         return (output_BNC, routing) if return_routing else output_BNC
+
+    def _route(self, hidden_BNC: Tensor, token_mask_BN: Tensor | None) -> tuple[Routing | None, Tensor]:
+        """The routing, and the queries of the heads that it selects at least."""
+        if self.router is None:
+            return None, self._split_heads(self.q_proj(hidden_BNC))
+        if self.router.needs_query:
+            q_BHND = self._split_heads(self.q_proj(hidden_BNC))
+            return self.router(hidden_BNC, q_BHND, token_mask_BN), q_BHND
+        routing: Routing = self.router(hidden_BNC, None, token_mask_BN)
+        return routing, project_queries(self.q_proj, hidden_BNC, routing)
+
+    def _all_heads(
+        self, q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, causal: bool, attn_mask: Tensor | None
+    ) -> Tensor:
+        """Plain multi-head attention, [B, N, C]."""
+        out_BHND = stock_attention(
+            q_BHND, k_BKTD, v_BKTD, causal=causal, scale=self.head_dim**-0.5, attn_mask=attn_mask
+        )
+        return self.o_proj(out_BHND.transpose(1, 2).flatten(2))
+
+    def _stand_in(self, routing: Routing, output_BNC: Tensor) -> Tensor:
+        """What the constants of the skipped heads contribute to the output, [B, N, C]."""
+        assert self.skipped_HD is not None
+        weight_HDC = weight_by_head(self.o_proj.weight, self.num_heads)
+        skipped_HC = (self.skipped_HD.to(weight_HDC.dtype).unsqueeze(1) @ weight_HDC).squeeze(1)
+        return (~routing.selected_BNH).to(output_BNC.dtype) @ skipped_HC.to(output_BNC.dtype)
 
     def _split_heads(self, states_BNX: Tensor) -> Tensor:
         return states_BNX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

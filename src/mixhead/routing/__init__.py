@@ -1,6 +1,7 @@
 """Routing is a value: which heads each token uses, who decides it, and the losses that keep it balanced."""
 
 from mixhead.routing.experts import ExpertRouter, ExpertRouting, LossWeights
+from mixhead.routing.heads import LayerHeads
 from mixhead.routing.losses import balance_loss, cv_loss, switch_loss, z_loss
 from mixhead.routing.router import Router
 from mixhead.routing.routers import (
@@ -18,6 +19,7 @@ __all__ = [
     "BinaryRouter",
     "ExpertRouter",
     "ExpertRouting",
+    "LayerHeads",
     "LinearRouter",
     "LossWeights",
     "OneStageRouter",

@@ -181,6 +181,16 @@ def test_saved_and_loaded(changes, tmp_path):
         torch.testing.assert_close(dit(*inputs), expected, rtol=0, atol=1e-6)
 
 
+def test_a_folder_of_the_first_version_still_loads(tmp_path):
+    """It named the routers of its layers otherwise."""
+    model = make()
+    model.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    save_file({name.replace(".router.", ".moh_router."): value for name, value in load_file(file).items()}, file)
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([10]), torch.tensor([7])
+    torch.testing.assert_close(load_dit(tmp_path)(*inputs), model(*inputs).sample, rtol=0, atol=1e-6)
+
+
 def test_stock_loaders_fail_loudly(tmp_path):
     make().save_pretrained(tmp_path / "m")
     with pytest.raises(NotImplementedError, match="this is a mixhead checkpoint, load it with"):

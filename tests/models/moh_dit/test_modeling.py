@@ -54,11 +54,21 @@ def test_zero_routers_of_all_heads_are_dense_attention():
     routed = MoHDiT(MoHDiTConfig(**{**TINY, "shared_heads": 1, "top_k": (1, 2, 3)})).eval()
     missing, unexpected = routed.load_state_dict(dense.state_dict(), strict=False)
     assert not unexpected
-    assert all("moh_router" in name for name in missing)
+    assert all("router" in name for name in missing)
     for _, attention in routed.named_attention():
-        attention.moh_router.reset_parameters()
+        attention.router.reset_parameters()
     inputs = batch(dense.config)
     torch.testing.assert_close(routed(*inputs), dense(*inputs), rtol=0, atol=1e-6)
+
+
+def test_weights_under_the_names_of_the_first_version_still_load():
+    model = make(**{**TINY, "shared_heads": 1, "top_k": 1})
+    former = {name.replace(".router.", ".moh_router."): value for name, value in model.state_dict().items()}
+    assert former.keys() != model.state_dict().keys()
+    again = MoHDiT(model.config).eval()
+    again.load_state_dict(former)
+    inputs = batch(model.config)
+    torch.testing.assert_close(again(*inputs), model(*inputs), rtol=0, atol=0)
 
 
 def test_gradient_checkpointing_changes_nothing():

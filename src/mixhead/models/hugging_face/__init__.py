@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from mixhead.models.hugging_face.attention import attention_of, moh_attention_forward
     from mixhead.models.hugging_face.configuration import moh_config_class
     from mixhead.models.hugging_face.model import MoHModelMixin, moh_model_class, register_models
-    from mixhead.models.hugging_face.routers import LayerHeads, attach_router, attach_routers, detach_router
+    from mixhead.models.hugging_face.routers import attach_router, attach_routers, detach_router
     from mixhead.models.hugging_face.sites import AttentionSite, find_sites
     from mixhead.models.hugging_face.trace import RoutingTrace
 else:
@@ -18,7 +18,7 @@ else:
             ".attention": ["attention_of", "moh_attention_forward"],
             ".configuration": ["moh_config_class"],
             ".model": ["MoHModelMixin", "moh_model_class", "register_models"],
-            ".routers": ["LayerHeads", "attach_router", "attach_routers", "detach_router"],
+            ".routers": ["attach_router", "attach_routers", "detach_router"],
             ".sites": ["AttentionSite", "find_sites"],
             ".trace": ["RoutingTrace"],
         },
@@ -26,7 +26,6 @@ else:
 
 __all__ = [
     "AttentionSite",
-    "LayerHeads",
     "MoHModelMixin",
     "RoutingTrace",
     "attach_router",

@@ -5,7 +5,6 @@ Shape legend: H heads, D head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,21 +15,7 @@ from mixhead.errors import MixheadError
 from mixhead.models.hugging_face.attention import attention_for, eager_attention_of, hand_down_hidden_states
 from mixhead.models.hugging_face.sites import AttentionSite, find_sites
 from mixhead.nn import make_router
-from mixhead.routing import BinaryRouter, TwoStageRouter
-
-
-@dataclass(frozen=True)
-class LayerHeads:
-    """How many heads one attention layer has, uses per token, and shares among all tokens."""
-
-    num_heads: int
-    active_heads: int
-    shared_heads: int
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether every token uses every head, so that there is nothing to route."""
-        return self.active_heads == self.num_heads
+from mixhead.routing import BinaryRouter, LayerHeads, TwoStageRouter
 
 
 def attach_routers(model: PreTrainedModel) -> None:
@@ -64,8 +49,7 @@ def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -
     if heads.is_dense:
         return
     num_groups = site.num_key_value_heads if moh["group_balanced"] else 1
-    top_k = heads.active_heads - heads.shared_heads
-    router = make_router(moh["router"], site.hidden_size, heads.num_heads, heads.shared_heads, top_k, num_groups)
+    router = make_router(moh["router"], site.hidden_size, heads.num_heads, heads.shared_heads, heads.top_k, num_groups)
     weight = site.output_projection.weight
     module.moh_router = router.to(device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
     router.train(module.training)

@@ -8,7 +8,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mixhead.errors import MixheadError
-from mixhead.models.moh_dit.attention import DiTAttention
 from mixhead.models.moh_dit.configuration import PUBLISHED, MoHDiTConfig
 from mixhead.models.moh_dit.modeling import MoHDiT, check_classes
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PUBLISHED",
-    "DiTAttention",
     "MoHDiT",
     "MoHDiTConfig",
     "MoHDiTOutput",

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import LayerHeads
 from mixhead.nn.moh import ROUTERS
+from mixhead.routing import LayerHeads
 
 PerLayer = int | Sequence[int]
 PER_LAYER = ("num_heads", "head_dim", "shared_heads", "top_k")

@@ -15,9 +15,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from mixhead.errors import MixheadError, first_line
-from mixhead.models.hugging_face import RoutingTrace
 from mixhead.models.moh_dit.configuration import MoHDiTConfig
-from mixhead.models.moh_dit.modeling import MoHDiT
+from mixhead.models.moh_dit.modeling import MoHDiT, rename_former_weights
 from mixhead.routing import Routing
 
 # Stands in the file as `norm_type`, which the DiT of diffusers reads first: it would otherwise build itself from the
@@ -92,7 +91,6 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin):
         timestep: Tensor,
         class_labels: Tensor,
         output_routing: bool = False,
-        routing_trace: RoutingTrace | None = None,
         return_dict: bool = True,
     ) -> MoHDiTOutput | tuple[Any, ...]:
         """Predicts the noise, see `MoHDiT.forward`.
@@ -102,14 +100,16 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin):
             timestep: [B], or one for all.
             class_labels: [B].
             output_routing: whether to return the routing of every block that routes.
-            routing_trace: handed down to the attention modules.
             return_dict: False for a plain tuple.
         """
-        sample, routing = self.dit(
-            hidden_states, timestep, class_labels, return_routing=True, routing_trace=routing_trace
-        )
+        sample, routing = self.dit(hidden_states, timestep, class_labels, return_routing=True)
         output = MoHDiTOutput(sample=sample, routing=routing if output_routing else None)
         return output if return_dict else output.to_tuple()
+
+    def _fix_state_dict_keys_on_load(self, state_dict: Any) -> None:
+        """Called by diffusers with the weights that it has read."""
+        super()._fix_state_dict_keys_on_load(state_dict)
+        rename_former_weights(None, state_dict)
 
 
 def load_dit(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> MoHDiT:

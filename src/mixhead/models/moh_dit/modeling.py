@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import RoutingTrace
-from mixhead.models.moh_dit.attention import DiTAttention
 from mixhead.models.moh_dit.configuration import MoHDiTConfig
+from mixhead.nn import MixtureOfHeadAttention
 from mixhead.routing import Routing
 
 NORM_EPS = 1e-6
@@ -43,24 +42,29 @@ class DiTBlock(nn.Module):
 
     def __init__(self, config: MoHDiTConfig, layer: int) -> None:
         super().__init__()
-        assert isinstance(config.num_heads, tuple)
         assert isinstance(config.head_dim, tuple)
         width, heads = config.hidden_size, config.layers[layer]
-        self.attention = DiTAttention(width, heads.num_heads, config.head_dim[layer], qkv_bias=config.qkv_bias)
-        if config.routes[layer]:
-            self.attention.set_heads(heads, config.router)
+        self.attention = MixtureOfHeadAttention(
+            width,
+            heads.num_heads,
+            heads.shared_heads,
+            heads.top_k,
+            head_dim=config.head_dim[layer],
+            bias=config.qkv_bias,
+            router=config.router if config.routes[layer] else None,
+        )
+        if config.routes[layer] and config.router != "two_stage":
+            self.attention.reset_skipped()
         self.mlp = TwoLayers(width, config.mlp_size, width, nn.GELU(approximate="tanh"))
         self.modulation = nn.Linear(width, 6 * width)
         self.mlp_norm_eps = config.mlp_norm_eps
 
-    def forward(
-        self, hidden_BNC: Tensor, condition_BC: Tensor, routing_trace: RoutingTrace | None = None, impl: str = "auto"
-    ) -> tuple[Tensor, Routing | None]:
+    def forward(self, hidden_BNC: Tensor, condition_BC: Tensor, impl: str = "auto") -> tuple[Tensor, Routing | None]:
         """Hidden states [B, N, C] and the attention's routing; the condition has passed SiLU."""
         parts_B1C = self.modulation(condition_BC).unsqueeze(1).chunk(6, dim=-1)
         shift_B1C, scale_B1C, gate_B1C, mlp_shift_B1C, mlp_scale_B1C, mlp_gate_B1C = parts_B1C
         attended_BNC, routing = self.attention(
-            modulated_norm(hidden_BNC, shift_B1C, scale_B1C), routing_trace=routing_trace, impl=impl
+            modulated_norm(hidden_BNC, shift_B1C, scale_B1C), return_routing=True, impl=impl
         )
         hidden_BNC = torch.addcmul(hidden_BNC, gate_B1C, attended_BNC)
         mlp_BNC = self.mlp(modulated_norm(hidden_BNC, mlp_shift_B1C, mlp_scale_B1C, self.mlp_norm_eps))
@@ -101,13 +105,14 @@ class MoHDiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(config, layer) for layer in range(config.depth))
         self.final = FinalLayer(config)
         for name, attention in self.named_attention():
-            attention.moh_name = name
+            attention.moh_name = name  # type: ignore[assignment]  # its routing is recorded under this name, inside a pipeline too
+        self.register_load_state_dict_pre_hook(rename_former_weights)
         self.reset_parameters()
 
-    def named_attention(self) -> Iterator[tuple[str, DiTAttention]]:
+    def named_attention(self) -> Iterator[tuple[str, MixtureOfHeadAttention]]:
         """The attention modules and their names, in order."""
         for name, module in self.named_modules():
-            if isinstance(module, DiTAttention):
+            if isinstance(module, MixtureOfHeadAttention):
                 yield name, module
 
     @torch.no_grad()
@@ -120,7 +125,7 @@ class MoHDiT(nn.Module):
                     nn.init.zeros_(module.bias)
         for _, attention in self.named_attention():
             # Queries, keys and values are one matrix in the published code, which decides the range.
-            bound = math.sqrt(6.0 / (attention.hidden_size + 3 * attention.num_heads * attention.head_dim))
+            bound = math.sqrt(6.0 / (self.config.hidden_size + 3 * attention.num_heads * attention.head_dim))
             for proj in (attention.q_proj, attention.k_proj, attention.v_proj):
                 nn.init.uniform_(proj.weight, -bound, bound)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
@@ -141,7 +146,6 @@ class MoHDiT(nn.Module):
         y: Tensor,
         *,
         return_routing: bool = False,
-        routing_trace: RoutingTrace | None = None,
         impl: str = "auto",
     ) -> Tensor | tuple[Tensor, tuple[Routing, ...]]:
         """Predicts the noise (and the variance, in the last channels).
@@ -152,7 +156,6 @@ class MoHDiT(nn.Module):
             y: classes [B]; `num_classes` stands for none.
             return_routing: whether to return the routing of every block that routes, in order; the mean of their
                 `balance_loss` (`mixhead.routing.mean_balance_loss`) belongs to the training loss.
-            routing_trace: handed down to the attention modules.
             impl: the engine, see `mixhead.ops.head_attention`.
 
         Returns:
@@ -168,11 +171,9 @@ class MoHDiT(nn.Module):
         routings = []
         for block in self.blocks:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                hidden_BNC, routing = checkpoint(
-                    block, hidden_BNC, condition_BC, routing_trace, impl, use_reentrant=False
-                )
+                hidden_BNC, routing = checkpoint(block, hidden_BNC, condition_BC, impl, use_reentrant=False)
             else:
-                hidden_BNC, routing = block(hidden_BNC, condition_BC, routing_trace, impl)
+                hidden_BNC, routing = block(hidden_BNC, condition_BC, impl)
             if routing is not None:
                 routings.append(routing)
         output = self.unpatchify(self.final(hidden_BNC, condition_BC))
@@ -229,6 +230,13 @@ class MoHDiT(nn.Module):
         # Looking at the classes would make a GPU wait; there the embedding itself refuses what is out of range.
         if y.device.type == "cpu" and not torch.compiler.is_compiling() and len(y):
             check_classes((int(y.min()), int(y.max())), config)
+
+
+def rename_former_weights(_module: nn.Module | None, state_dict: dict[str, Tensor], *_: object) -> None:
+    """Names that checkpoints of the first version used become today's, in place."""
+    for name in list(state_dict):
+        new = name.replace(".moh_router.", ".router.").replace(".moh_skipped", ".skipped_HD")
+        state_dict[new] = state_dict.pop(name)
 
 
 def check_classes(classes: tuple[int, ...] | list[int], config: MoHDiTConfig) -> None:

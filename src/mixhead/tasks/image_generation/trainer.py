@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from mixhead.data.noised_images import NoisedOrder, NoisingConfig, TrainingInputs
 from mixhead.errors import MixheadError
 from mixhead.models.moh_dit import MoHDiT
+from mixhead.models.moh_dit.modeling import rename_former_weights
 from mixhead.precision import Bf16
 from mixhead.routing import Routing, mean_balance_loss
 from mixhead.tasks.image_generation.diffusion import GaussianDiffusion, PredictionType
@@ -180,7 +181,9 @@ class DiffusionTrainer(RunMixin, Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         checkpoint = Path(resume_from_checkpoint)
         try:
-            self.average.load_state_dict(load_file(checkpoint / EMA_WEIGHTS), step_of(checkpoint))
+            weights = load_file(checkpoint / EMA_WEIGHTS)
+            rename_former_weights(None, weights)
+            self.average.load_state_dict(weights, step_of(checkpoint))
         except (OSError, SafetensorError, RuntimeError, KeyError) as error:
             raise damaged(checkpoint, error) from error
 

@@ -1,0 +1,193 @@
+"""A converted model as calibration sees it: run with all heads and watched, or with one layer that routes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mixhead.convert.dit import dit_sites, set_dit_layer_heads
+from mixhead.convert.swap import set_layer_heads
+from mixhead.errors import MixheadError
+from mixhead.models.hugging_face import AttentionSite, MoHModelMixin, RoutingTrace, find_sites
+from mixhead.models.moh_dit import MoHDiT
+from mixhead.nn import MixtureOfHeadAttention
+from mixhead.routing import LayerHeads
+
+
+class Observer(Protocol):
+    """What is shown the attention modules of a dense run."""
+
+    def observe(self, name: str, hidden_BNC: Tensor, heads_BNHD: Tensor, token_mask_BN: Tensor | None) -> None:
+        """Input and outputs of all heads of one module; False in the mask is padding."""
+        ...
+
+
+class RoutingParts(NamedTuple):
+    """What a layer that routes has beyond its weights: its router, and what stands in for skipped heads."""
+
+    router: Any
+    skipped_HD: Tensor
+
+
+class Subject(ABC):
+    """A converted model.
+
+    Attributes:
+        model: called with the entries of a batch.
+        sites: its attention modules.
+        heads: heads of each.
+        groups: in how many groups of each equally many heads are active.
+    """
+
+    model: nn.Module
+    sites: list[AttentionSite]
+    heads: list[LayerHeads]
+    groups: list[int]
+
+    @abstractmethod
+    def set_heads(self, index: int, heads: LayerHeads) -> None:
+        """Gives the layer at an index other heads, with a fresh router."""
+
+    @abstractmethod
+    def routing_of(self, site: AttentionSite) -> RoutingParts:
+        """Router and constants of a layer that routes."""
+
+    @abstractmethod
+    def observe(self, batch: Mapping[str, Any], observer: Observer) -> None:
+        """Runs the model with all heads of every layer, and shows them."""
+
+    @abstractmethod
+    def run(self, batch: Mapping[str, Any], routed: str | None) -> Any:
+        """The model's output where that layer alone routes, or none."""
+
+
+class ConvertedModel(Subject):
+    """A model of transformers."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.sites = model, find_sites(model)
+        self.heads = [LayerHeads(**layer) for layer in model.config.moh["layers"]]
+        balanced = model.config.moh["group_balanced"]
+        self.groups = [site.num_key_value_heads if balanced else 1 for site in self.sites]
+
+    def set_heads(self, index: int, heads: LayerHeads) -> None:
+        """See `Subject`."""
+        set_layer_heads(cast(PreTrainedModel, self.model), self.sites[index], index, heads)
+
+    def routing_of(self, site: AttentionSite) -> RoutingParts:
+        """See `Subject`."""
+        return RoutingParts(site.module.moh_router, cast(Tensor, site.module.moh_skipped))
+
+    def observe(self, batch: Mapping[str, Any], observer: Observer) -> None:
+        """See `Subject`."""
+        self.model(**batch, routing_trace=ObservingTrace(observer))
+
+    def run(self, batch: Mapping[str, Any], routed: str | None) -> Any:
+        """See `Subject`."""
+        return self.model(**batch, routing_trace=OnlyTrace(routed))
+
+
+class ObservingTrace(RoutingTrace):
+    """Has every layer run densely, and passes on what it computes."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self.observer = observer
+
+    def wants_heads(self, name: str) -> bool:
+        """Always: statistics are those of the original model."""
+        del name
+        return True
+
+    def observe(
+        self, name: str, hidden_BNC: Tensor, q_BHND: Tensor, heads_BHND: Tensor, token_mask_BN: Tensor | None
+    ) -> None:
+        """Passes it on."""
+        del q_BHND
+        self.observer.observe(name, hidden_BNC, heads_BHND.transpose(1, 2), token_mask_BN)
+
+
+class OnlyTrace(RoutingTrace):
+    """Lets one layer route, or none."""
+
+    def __init__(self, only: str | None) -> None:
+        super().__init__()
+        self.only = only
+
+    def routes(self, name: str) -> bool:
+        """Whether this is the one."""
+        return name == self.only
+
+
+class ConvertedDiT(Subject):
+    """A diffusion transformer."""
+
+    def __init__(self, model: MoHDiT) -> None:
+        self.model, self.sites, self.heads = model, dit_sites(model), list(model.config.layers)
+        self.groups = [1] * len(self.heads)
+
+    def set_heads(self, index: int, heads: LayerHeads) -> None:
+        """See `Subject`."""
+        set_dit_layer_heads(cast(MoHDiT, self.model), index, heads)
+
+    def routing_of(self, site: AttentionSite) -> RoutingParts:
+        """See `Subject`."""
+        return RoutingParts(site.module.router, cast(Tensor, site.module.skipped_HD))
+
+    def observe(self, batch: Mapping[str, Any], observer: Observer) -> None:
+        """Without a router the heads reach the output projection as they are."""
+        with self.routing_in(None), ExitStack() as hooks:
+            for site in self.sites:
+                hooks.enter_context(shown_heads(site, observer))
+            self.model(**batch)
+
+    def run(self, batch: Mapping[str, Any], routed: str | None) -> Any:
+        """See `Subject`."""
+        with self.routing_in(routed):
+            return self.model(**batch)
+
+    @contextmanager
+    def routing_in(self, name: str | None) -> Iterator[None]:
+        """Every other layer uses all heads meanwhile."""
+        others = [cast(MixtureOfHeadAttention, site.module) for site in self.sites if site.name != name]
+        routers = [attention.router for attention in others]
+        try:
+            for attention in others:
+                attention.router = None
+            yield
+        finally:
+            for attention, router in zip(others, routers, strict=True):
+                attention.router = router
+
+
+@contextmanager
+def shown_heads(site: AttentionSite, observer: Observer) -> Iterator[None]:
+    """Shows what a dense attention module is given, and what its output projection is given."""
+    hidden_BNC: list[Tensor] = []
+
+    def enter(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        hidden_BNC[:] = args[:1]
+
+    def show(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        observer.observe(site.name, hidden_BNC[0], args[0].unflatten(-1, (site.num_heads, -1)), None)
+
+    with ExitStack() as hooks:
+        hooks.callback(site.module.register_forward_pre_hook(enter).remove)
+        hooks.callback(site.output_projection.register_forward_pre_hook(show).remove)
+        yield
+
+
+def subject_of(model: nn.Module) -> Subject:
+    """The model as calibration sees it; raises where it has no linear routers."""
+    if isinstance(model, MoHDiT) and model.config.router == "linear" and model.config.shared_heads is not None:
+        return ConvertedDiT(model)
+    if not isinstance(model, MoHModelMixin) or model.config.moh["router"] != "linear":
+        raise MixheadError(
+            "mixhead.calibrate fits the linear router: convert the model with MoHConfig(router='linear')."
+        )
+    return ConvertedModel(cast(PreTrainedModel, model))
