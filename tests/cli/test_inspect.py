@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mixhead
 from mixhead import store
@@ -44,6 +45,21 @@ def test_a_page_of_two_texts_and_a_recording_that_is_shown_again(model, texts, t
     shown = printed(capsys)
     assert "Load of every head" in shown
     assert "Text 2 (second)" in shown
+
+
+def test_generate_and_inspect_say_the_same_share_and_name_the_other(talking_llama, tmp_path, capsys):
+    """Layers that use all of their heads do not route, and a recording knows nothing of them."""
+    sizes = {"vocab_size": len(talking_llama[1]), "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=3, tie_word_embeddings=True))
+    mixhead.convert(model, mixhead.MoHConfig(active_heads=[4, 2, 2]))
+    store.save(model, talking_llama[1], tmp_path / "model")
+    assert run(["generate", str(tmp_path / "model"), "--prompt", "the state", "--max-new-tokens", "3"]) == 0
+    assert "8 of 12 heads per token (66.7%) over 3 layers (50.0% in the 2 that route)" in printed(capsys)
+    assert run(["inspect", str(tmp_path / "model"), "--prompt", "the state", "--tokens", "3", "--terminal"]) == 0
+    assert (
+        "2 layers that route, 8 heads; a token uses 4.0 of them (50.0%), and with the 4 heads of layers that do not "
+        "route 66.7% of all." in printed(capsys)
+    )
 
 
 @pytest.mark.parametrize("name", ["kept", "kept.safetensors", "kept.json"])

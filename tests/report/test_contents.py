@@ -12,7 +12,6 @@ from rich.console import Console
 from mixhead import MixheadError, Recording, record_routing
 from mixhead.data.token_text import readable
 from mixhead.report.contents import read_contents
-from mixhead.report.names import short_names
 from mixhead.report.parts_of_speech import parts_of_speech
 from mixhead.report.plots import health_plot, last_that_chooses, plot_load_by, plot_loads
 from mixhead.report.statistics import Load
@@ -121,19 +120,15 @@ def test_a_picture_of_a_run_and_none_of_a_dense_one(tmp_path):
     )
     assert health_plot(log, tmp_path / "health.png")
     assert (tmp_path / "health.png").read_bytes().startswith(b"\x89PNG")
+    columns = [f"load_entropy_{layer}" for layer in (3, 7, 11)]
+    log.write_text(f"step,balance,{','.join(columns)}\n1,3,0.1,0.5,0.9\n2,2,0.2,0.6,0.9\n")
+    assert health_plot(log, tmp_path / "layers.svg")
+    drawn = (tmp_path / "layers.svg").read_text()
+    assert all(f"<!-- {layer} -->" in drawn for layer in (3, 7, 11))
     log.write_text("step,loss,balance\n1,2,\n2,1.5,\n")
     assert not health_plot(log, tmp_path / "dense.png")
     assert not (tmp_path / "dense.png").exists()
     assert not health_plot(tmp_path / "none.csv", tmp_path / "none.png")
-
-
-def test_short_names():
-    assert short_names(["model.layers.0.self_attn", "model.layers.11.self_attn"]) == ["0", "11"]
-    assert short_names(["encoder.layers.0.attn", "decoder.layers.0.attn", "decoder.layers.1.attn"]) == [
-        "encoder.0", "decoder.0", "decoder.1",
-    ]  # fmt: skip
-    assert short_names(["e.0.attn", "d.0.x.attn"]) == ["e.0", "d.0.x"]
-    assert short_names(["model.layers.3.attn"]) == ["3"]
 
 
 def test_characters_over_several_tokens_are_whole_again():

@@ -37,9 +37,12 @@ def generate(
     if isinstance(network, MoHModelMixin):
         used = network.config.moh["layers"]
         active, heads = (sum(layer[kind] for layer in used) for kind in ("active_heads", "num_heads"))
+        routed = [layer for layer in used if layer["active_heads"] < layer["num_heads"]]
+        part = sum(layer["active_heads"] for layer in routed) / max(1, sum(layer["num_heads"] for layer in routed))
+        among = f" ({part:.1%} in the {len(routed)} that route)" if len(routed) < len(used) else ""
         busiest = max((float(load.max()) for load in log.load().values()), default=1.0)
         console.print(
-            f"\n{active} of {heads} heads per token ({active / heads:.1%}) over {len(used)} layers; "
+            f"\n{active} of {heads} heads per token ({active / heads:.1%}) over {len(used)} layers{among}; "
             f"the busiest head served {busiest:.0%} of the tokens.",
             style="dim",
         )

@@ -166,7 +166,7 @@ def named_layer(contents: Contents, name: str) -> str:
     Raises:
         MixheadError: where there is none.
     """
-    from mixhead.report.names import short_names
+    from mixhead.recording.names import short_names
 
     layers = contents.recording.layers
     known = {**{layer: layer for layer in layers}, **dict(zip(short_names(layers), layers, strict=True))}

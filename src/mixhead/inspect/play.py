@@ -19,7 +19,7 @@ from mixhead.inspect.steering import Steering, steered
 from mixhead.inspect.writing import Written, stream
 from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.recording.listen import routers_by_layer
-from mixhead.report.names import short_names
+from mixhead.recording.names import short_names
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f6fc9", "#777777")
 CSS = """

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mixhead.data.image_files import SUFFIXES, read_image
 from mixhead.data.token_text import pieces_of
 from mixhead.errors import MixheadError
+from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.recording import Recording, RoutingLog, record_routing
 from mixhead.tasks.image_generation.sampling import class_names, sample_images
 from mixhead.tasks.image_generation.sampling_config import SamplingConfig
@@ -52,7 +53,7 @@ def record_texts(
     """
     ids_by_name = {name: _ids(tokenizer, name, documents, most_tokens) for name, documents in texts.items()}
     with record_routing(model, path) as log:
-        log.about.update(about or {})
+        log.about.update({**heads_that_do_not_route(model), **(about or {})})
         for name, documents in ids_by_name.items():
             with log.labelled(**({"text": name} if len(texts) > 1 else {})):
                 for ids in documents:
@@ -62,6 +63,14 @@ def record_texts(
             log, tokenizer, (token for documents in ids_by_name.values() for ids in documents for token in ids)
         )
     return Recording(path)
+
+
+def heads_that_do_not_route(model: nn.Module) -> dict[str, int]:
+    """How many heads a converted model has in layers that stayed dense, for the recording to remember."""
+    if not isinstance(model, MoHModelMixin):
+        return {}
+    layers = model.config.moh["layers"]
+    return {"dense_heads": sum(of["num_heads"] for of in layers if of["active_heads"] == of["num_heads"])}
 
 
 def _sentences(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[str]:
@@ -105,7 +114,7 @@ def record_writing(
     if inputs["input_ids"].shape[1] == 0:
         raise MixheadError("The prompt holds no token: give one that says something.")
     with record_routing(model, path) as log:
-        log.about.update(about or {})
+        log.about.update({**heads_that_do_not_route(model), **(about or {})})
         ids_BN = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
         _name_tokens(log, tokenizer, ids_BN.flatten().tolist())
     return Recording(path)
@@ -139,7 +148,7 @@ def record_translation(
     }
     seen: set[int] = set()
     with record_routing(model, path) as log:
-        log.about.update(about or {})
+        log.about.update({**heads_that_do_not_route(model), **(about or {})})
         for name, lines in ids_by_name.items():
             with log.labelled(**({"text": name} if len(texts) > 1 else {})):
                 for ids in lines:
@@ -178,7 +187,7 @@ def record_pictures(
     """
     shown = []
     with record_routing(model, path) as log:
-        log.about.update(about or {})
+        log.about.update({**heads_that_do_not_route(model), **(about or {})})
         for file, of_class in pictures.items():
             pixels_1CYX = processor(read_image(file), return_tensors="pt")["pixel_values"]
             with log.labelled(**({"class": of_class} if of_class else {})):

@@ -266,16 +266,33 @@ def labelled_calls(model: nn.Module, counter: CallCounter) -> Iterator[None]:
 
 
 def routers_by_layer(model: nn.Module) -> dict[str, Router]:
-    """The routers of a model by the name of the layer that each belongs to; one inside another router is part of it."""
+    """The routers of a model by the name of the layer that each belongs to; one inside another router is part of it.
+
+    Of a router that PEFT has copied, to train it, only the copy counts.
+    """
     found: dict[str, Router] = {}
     paths = [path for path, module in model.named_modules() if isinstance(module, Router)]
     for path in paths:
         if any(path.startswith(f"{outer}.") or (outer == "" and path) for outer in paths):
             continue
-        holder = model.get_submodule(path.rpartition(".")[0])
-        name = getattr(holder, "moh_name", "") or path.rpartition(".")[0] or path
-        found[path if name in found else name] = model.get_submodule(path)  # type: ignore[assignment]
+        place = place_of(model, path)
+        if place is None:
+            continue
+        holder = model.get_submodule(place.rpartition(".")[0])
+        name = getattr(holder, "moh_name", "") or place.rpartition(".")[0] or place
+        found[place if name in found else name] = model.get_submodule(path)  # type: ignore[assignment]
     return found
+
+
+def place_of(model: nn.Module, path: str) -> str | None:
+    """Where the model itself has the router at a path, in or out of a wrapper of PEFT; None for a copy not in use."""
+    above, _, name = path.rpartition(".")
+    if name == "original_module" and hasattr(model.get_submodule(above), "modules_to_save"):
+        return None
+    wrapper, _, inside = above.rpartition(".")
+    if inside != "modules_to_save" or not hasattr(model.get_submodule(wrapper), "original_module"):
+        return path
+    return wrapper if name in model.get_submodule(wrapper).active_adapters else None  # type: ignore[operator]
 
 
 def takes_ids(module: nn.Module) -> bool:

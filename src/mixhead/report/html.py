@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixhead.recording.names import short_names
 from mixhead.report.contents import Axis, Contents, Group
-from mixhead.report.names import short_names
 from mixhead.report.statistics import (
     BLOCK,
     LEAST_BLOCKS,
@@ -286,9 +286,18 @@ def subtitle(contents: Contents) -> str:
     # A token of a source meets the encoder only: no token meets all heads of a model with several axes.
     share = f"{active / heads:.1%}"
     used = f"{active:,.1f} of them ({share})" if len(contents.axes) == 1 else f"{share} of those that it meets"
+    used += of_all_heads(active, heads, recording.about)
     counts = [f"{contents.loads[axis.layers[0]].blocks:,} {axis.observations}" for axis in contents.axes]
     seen = f"{tokens:,} tokens ({', '.join(dict.fromkeys(counts))})"
     return f"{name}{seen}, {len(recording.layers)} layers that route, {heads:,} heads; a token uses {used}."
+
+
+def of_all_heads(active: float, heads: int, about: Mapping[str, Any]) -> str:
+    """The share of all heads, as `convert` and `generate` state it; "" where no layer is dense."""
+    dense = about.get("dense_heads", 0)
+    if not isinstance(dense, int) or dense <= 0:
+        return ""
+    return f", and with the {dense:,} heads of layers that do not route {(active + dense) / (heads + dense):.1%} of all"
 
 
 def footer(contents: Contents) -> str:

@@ -10,10 +10,10 @@ import numpy as np
 from accelerate import PartialState
 
 from mixhead.errors import MixheadError
+from mixhead.recording.names import short_names
 from mixhead.report.comparison import pyplot
 from mixhead.report.contents import Contents
 from mixhead.report.html import competing_heads
-from mixhead.report.names import short_names
 from mixhead.report.statistics import ALWAYS
 from mixhead.training.progress import read_rows
 
@@ -134,7 +134,7 @@ def health_plot(log: Path, file: Path) -> bool:
     if not known & {"balance", "smallest_load", "largest_load", "load_entropy"}:
         return False
     panels = [panel for panel in PANELS if known & {*panel[1]}]
-    layers = sorted((name for name in known if name.startswith("load_entropy_")), key=lambda name: (len(name), name))
+    layers = [name for name in columns if name.startswith("load_entropy_") and name in known]
     plt = pyplot()
     count = len(panels) + bool(layers)
     figure, all_axes = plt.subplots(
@@ -150,6 +150,9 @@ def health_plot(log: Path, file: Path) -> bool:
         values_LS = np.stack([columns[name] for name in layers])
         edges = (steps[0], steps[-1] if steps[-1] > steps[0] else steps[0] + 1, len(layers) - 0.5, -0.5)
         image = all_axes[-1, 0].imshow(values_LS, aspect="auto", cmap="cividis", vmin=0, vmax=1, extent=edges)
+        step = max(1, len(layers) // 8)
+        labels = [name.removeprefix("load_entropy_") for name in layers]
+        all_axes[-1, 0].set_yticks(range(0, len(layers), step), labels[::step], fontsize=7)
         all_axes[-1, 0].set_ylabel("layer", fontsize=8)
         figure.colorbar(image, ax=all_axes[-1, 0], label="entropy of the loads")
     all_axes[-1, 0].set_xlabel("optimizer step")

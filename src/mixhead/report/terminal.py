@@ -8,9 +8,9 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from mixhead.recording.names import short_names
 from mixhead.report.contents import Axis, Contents
 from mixhead.report.html import competing_heads, most_telling, shared_of, short_title, subtitle
-from mixhead.report.names import short_names
 from mixhead.report.statistics import in_words
 
 # From light to full, so that the map can be read without colours too.

@@ -5,32 +5,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mixhead.recording.listen import routers_by_layer
+from mixhead.recording.names import short_names
 from mixhead.routing import Routing
 from mixhead.routing.losses import masked_token_mean
 
 HEALTH = ("balance", "smallest_load", "largest_load", "load_entropy")
 
 
-def layer_columns(layers: int) -> tuple[str, ...]:
-    """Names of what `routing_health` measures of each layer, in a model of so many layers that route."""
-    return tuple(f"{HEALTH[-1]}_{layer}" for layer in range(layers))
+def layer_columns(model: nn.Module) -> tuple[str, ...]:
+    """Names of what `routing_health` measures of each layer that routes, with the numbers that a report gives them."""
+    return tuple(f"{HEALTH[-1]}_{layer}" for layer in short_names([*routers_by_layer(model)]))
 
 
-def routing_health(routings: Sequence[Routing]) -> dict[str, Tensor]:
+def routing_health(routings: Sequence[Routing], columns: Sequence[str]) -> dict[str, Tensor]:
     """How evenly the competing heads are used, 0-d tensors by name; empty where nothing competes.
 
     Means over the layers where heads compete: the balance loss; the smallest and the largest load (shares of the tokens
     that use a head); the entropy of the loads relative to that of even ones (1 = perfectly balanced). That entropy also
     for every layer.
+
+    Args:
+        routings: of the layers that route, in their order.
+        columns: `layer_columns` of the model.
     """
     layers = {number: layer_health(routing) for number, routing in enumerate(routings) if routing.probs_BNH is not None}
     if not layers:
         return {}
     means = (torch.stack(values).mean() for values in zip(*layers.values(), strict=True))
-    names = layer_columns(len(routings))
-    return {**dict(zip(HEALTH, means, strict=True)), **{names[number]: of[-1] for number, of in layers.items()}}
+    return {**dict(zip(HEALTH, means, strict=True)), **{columns[number]: of[-1] for number, of in layers.items()}}
 
 
 def layer_health(routing: Routing) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -25,7 +25,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from mixhead.errors import MixheadError
 from mixhead.files import WRITE_ERRORS, remove, write_folder
 from mixhead.precision import Bf16
-from mixhead.recording.listen import routers_by_layer
 from mixhead.routing import Routing
 from mixhead.training.checkpoints import PREFIX, checkpoints, damaged, load_weights, step_of
 from mixhead.training.health import HEALTH as HEALTH
@@ -125,7 +124,8 @@ class RunMixin(Trainer):
         self.interrupted = False  # this process was asked to stop
         self.stopping = False  # all processes agreed to stop after this step
         # With the entropy of every layer that routes, which the class cannot know.
-        self.columns = (*self.columns, *layer_columns(len(routers_by_layer(self.model))))
+        self.layer_columns = layer_columns(self.model)
+        self.columns = (*self.columns, *self.layer_columns)
         self._noted: set[str] = set()
         self._parts = torch.zeros(len(self.columns) + 1, device=self.args.device)
         self._saving_to: Path | None = None
@@ -154,7 +154,7 @@ class RunMixin(Trainer):
     @torch.no_grad()
     def note_routings(self, routings: Sequence[Routing], share: Tensor | float) -> None:
         """Adds the balance loss (mean of the layers, without its coefficient) and the health of the routing."""
-        self.note(share, **routing_health(routings))
+        self.note(share, **routing_health(routings, self.layer_columns))
 
     def finish_step(self) -> dict[str, float]:
         """What was noted for the step that ends, over all processes."""
