@@ -126,13 +126,16 @@ def kernel_at_once(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Rout
 
     Asked first in every call, because all other questions together take as long as the attention of one token.
     """
+    return routing.gates_BNH.is_cpu and routing.selected_BNH.is_cpu and kernel_pays(q_BHND, k_BKTD, v_BKTD)
+
+
+def kernel_pays(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> bool:
+    """The same, whatever the routing."""
     return (
         not torch.compiler.is_compiling()
         and cpu.is_default(q_BHND)
         and k_BKTD.is_cpu
         and v_BKTD.is_cpu
-        and routing.gates_BNH.is_cpu
-        and routing.selected_BNH.is_cpu
         and not cpu.transformed()
         and not torch.is_autocast_enabled("cpu")
         and crossover.load(torch.get_num_threads()) is None

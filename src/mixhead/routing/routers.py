@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
+from mixhead.routing.one_operator import ROUTE, can_route
 from mixhead.routing.router import Router
 from mixhead.routing.selection import grouped_top_k_mask, top_k_mask
 from mixhead.routing.value import Routing
@@ -159,16 +160,23 @@ class BinaryRouter(Router):
         ranked_BNH = ranked_BNH.masked_fill(self.shared_H, torch.inf)
         selected_BNH = grouped_top_k_mask(ranked_BNH, self.active_heads, self.num_groups)
         gates_BNH = selected_BNH.to(scores_BNH.dtype)
-        if self.shared_heads == self.num_heads:
-            return Routing(gates_BNH, selected_BNH, token_mask_BN=token_mask_BN)
         if torch.is_grad_enabled() and self.active_heads < self.num_heads:
             soft_BNH = soft_selection(scores_BNH, ranked_BNH, self.active_heads, self.num_groups)
             learned_BNH = selected_BNH & ~self.shared_H
             gates_BNH = gates_BNH + torch.where(learned_BNH, soft_BNH - soft_BNH.detach(), 0.0)
+        probs_BNH = scores_BNH.masked_fill(self.shared_H, -torch.inf).softmax(-1)
+        return self.routing(gates_BNH, selected_BNH, probs_BNH, token_mask_BN)
+
+    def routing(
+        self, gates_BNH: Tensor, selected_BNH: Tensor, probs_BNH: Tensor, token_mask_BN: Tensor | None
+    ) -> Routing:
+        """The routing, with what this router promises of it."""
+        if self.shared_heads == self.num_heads:
+            return Routing(gates_BNH, selected_BNH, token_mask_BN=token_mask_BN)
         return Routing(
             gates_BNH=gates_BNH,
             selected_BNH=selected_BNH,
-            probs_BNH=scores_BNH.masked_fill(self.shared_H, -torch.inf).softmax(-1),
+            probs_BNH=probs_BNH,
             num_routed_heads=self.num_heads - self.shared_heads,
             token_mask_BN=token_mask_BN,
             heads_per_group=self.active_heads // self.num_groups,
@@ -218,7 +226,13 @@ class LinearRouter(BinaryRouter):
 
     def forward(self, hidden_BNC: Tensor, q_BHND: Tensor | None = None, token_mask_BN: Tensor | None = None) -> Routing:
         del q_BHND
-        return self.route(full_precision(self.score_proj, hidden_BNC), token_mask_BN)
+        proj = self.score_proj
+        if can_route(proj, hidden_BNC):
+            gates_BNH, selected_BNH, probs_BNH = ROUTE(
+                hidden_BNC, proj.weight, proj.bias, self.shared_H, self.active_heads, self.num_groups
+            )
+            return self.routing(gates_BNH, selected_BNH, probs_BNH, token_mask_BN)
+        return self.route(full_precision(proj, hidden_BNC), token_mask_BN)
 
 
 def full_precision(proj: nn.Linear, hidden_BNC: Tensor) -> Tensor:

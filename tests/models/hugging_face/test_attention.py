@@ -1,29 +1,33 @@
 """The function behind `attn_implementation="mixhead"`: masks, caches, padding, and what it must not compute."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mixhead
 from mixhead import MixheadError, MoHConfig
-from mixhead.models.hugging_face import moh_attention_forward
+from mixhead.models.hugging_face import RoutingTrace, moh_attention_forward
 from mixhead.models.hugging_face.attention import real_tokens_BN
+from mixhead.recording.listen import keep_routing
 
 TRUE, FALSE = True, False
+SMALL = {
+    "vocab_size": 8,
+    "hidden_size": 16,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 @pytest.fixture
 def attention():
     """One attention module with four heads (two key-value heads), of which each token uses two."""
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=16,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = mixhead.convert(LlamaForCausalLM(config).eval(), MoHConfig(active=0.5, shared=0.0))
+    model = mixhead.convert(LlamaForCausalLM(LlamaConfig(**SMALL)).eval(), MoHConfig(active=0.5, shared=0.0))
     return model.model.layers[0].self_attn
 
 
@@ -107,3 +111,46 @@ def test_a_bias_in_a_floating_mask_is_no_padding():
 
 def test_without_a_mask_nothing_is_known_to_be_padding():
     assert real_tokens_BN(None, 3, 3) is None
+
+
+@torch.no_grad()
+def test_a_new_token_gets_the_same_in_one_operator_as_in_several(attention):
+    q, k, v, hidden = states(queries=1, keys=40)
+    attention.moh_skipped.normal_()
+    at_once = attend(attention, q, k, v, hidden)
+    torch.testing.assert_close(at_once, attend(attention, q, k, v, hidden, head_attention_impl="reference"))
+    torch.testing.assert_close(at_once, attend(attention, q, k, v, hidden, routing_trace=RoutingTrace()))
+
+
+@torch.no_grad()
+def test_who_listens_hears_of_a_new_token_too(attention):
+    q, k, v, hidden = states(queries=1, keys=40)
+    alone = attend(attention, q, k, v, hidden)
+    with keep_routing(attention) as log:
+        torch.testing.assert_close(attend(attention, q, k, v, hidden), alone)
+    assert len(log.layers) == 1
+
+
+def test_an_attention_module_is_of_its_own_class_again_once_it_is_reverted():
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    of_its_own = type(model.model.layers[0].self_attn)
+    converted = mixhead.convert(model, MoHConfig(active=0.5, shared=0.0))
+    module = converted.model.layers[0].self_attn
+    assert isinstance(module, of_its_own)
+    assert type(module).__name__ == "MoHLlamaAttention"
+    assert type(mixhead.revert(converted).model.layers[0].self_attn) is of_its_own
+
+
+def test_a_module_whose_forward_is_its_own_is_fed_too():
+    """Offloading replaces the forward of a module, and may do so before the model is converted."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    twin = copy.deepcopy(model)
+    for layer in twin.model.layers:
+        layer.self_attn.forward = functools.partial(type(layer.self_attn).forward, layer.self_attn)
+    ids = torch.arange(5).unsqueeze(0)
+    outputs = []
+    for each in (model, twin):
+        torch.manual_seed(0)
+        outputs.append(mixhead.convert(each, MoHConfig(active=0.5, shared=0.0))(ids).logits)
+    torch.testing.assert_close(*outputs)

@@ -1,11 +1,12 @@
-"""The function that transformers calls for the attention of a converted model, and the hook that feeds its router.
+"""The function that transformers calls for the attention of a converted model, and the class that feeds its router.
 
-A forward pre-hook hands the attention module's own input down to this function as the keyword `router_hidden_states`;
-the model hands down `routing_trace` the same way. Nothing is kept between calls.
+The attention module's class hands its own input down to this function as the keyword `router_hidden_states`; the model
+hands down `routing_trace` the same way. Nothing is kept between calls.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from mixhead.errors import MixheadError
+from mixhead.models.hugging_face.decoding import decode_token
 from mixhead.models.hugging_face.trace import RoutingTrace
 from mixhead.ops import head_attention
+from mixhead.ops.skipped import fill_skipped
 from mixhead.routing import Routing
 
 # Two names for one function, since the name decides which masks a model makes: a model that ran "eager" keeps its own
@@ -26,7 +29,7 @@ from mixhead.routing import Routing
 ATTENTION = "mixhead"
 ATTENTION_OF_EAGER = "mixhead_eager"
 # What some models hand to the interface, and what changes the mathematics in a way that only their own function knows.
-UNSUPPORTED = ("softcap", "position_bias", "s_aux", "cache")
+UNSUPPORTED = frozenset({"softcap", "position_bias", "s_aux", "cache"})
 
 
 # Floating masks add at least this much to the scores that they allow: transformers forbids with the smallest number.
@@ -58,10 +61,24 @@ def dense_attention_of(module: nn.Module) -> Callable[..., Any]:
     return eager if runs_eager and eager is not None else sdpa_attention_forward
 
 
+@functools.cache
+def routing_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The class of an attention module that routes: its router needs hidden states that the interface does not pass.
+
+    A forward pre-hook would do the same, and take as long as the attention of one token.
+    """
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, router_hidden_states=args[0] if args else kwargs["hidden_states"], **kwargs)
+
+    return type(f"MoH{base.__name__}", (base,), {"forward": forward, "moh_base": base, "__module__": __name__})
+
+
 def hand_down_hidden_states(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of an attention module: its router needs the hidden states that the interface does not pass."""
+    """The same as a forward pre-hook, for modules whose `forward` is their own, as offloading replaces it."""
     hidden_BNC = args[0] if args else kwargs["hidden_states"]
     return args, {**kwargs, "router_hidden_states": hidden_BNC}
 
@@ -92,7 +109,7 @@ def moh_attention_forward(
         dropout: probability of dropping an attention weight.
         scaling: factor of the scores.
         is_causal: as in transformers; by default the module's own `is_causal`.
-        router_hidden_states: [B, N, C], from `hand_down_hidden_states`.
+        router_hidden_states: [B, N, C], from `routing_class`.
         routing_trace: collects the routing.
         decoder_token_mask_BN: bool, False at padding of the decoder, whose cross-attention has no mask to tell it.
         head_attention_impl: the engine, see `mixhead.ops.head_attention`; given to the model's call as a keyword.
@@ -111,9 +128,16 @@ def moh_attention_forward(
         return dense_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if router_hidden_states is None:
         raise MixheadError(f"{name}: the attention module's hidden states did not reach its router.")
-    if any(kwargs.get(argument) is not None for argument in UNSUPPORTED):
-        given = ", ".join(argument for argument in UNSUPPORTED if kwargs.get(argument) is not None)
+    if not UNSUPPORTED.isdisjoint(kwargs) and any(kwargs.get(argument) is not None for argument in UNSUPPORTED):
+        given = ", ".join(argument for argument in sorted(UNSUPPORTED) if kwargs.get(argument) is not None)
         raise MixheadError(f"{name} was called with {given}, which mixture-of-head attention does not compute.")
+    one_token = query.shape[2] == 1 and attention_mask is None and not dropout
+    if one_token and routing_trace is None and head_attention_impl == "auto":
+        assert router is not None
+        skipped_HD: Any = module.moh_skipped
+        out_B1HD = decode_token(router, skipped_HD, router_hidden_states, query, key, value, scaling)
+        if out_B1HD is not None:
+            return out_B1HD, None
     token_mask_BN = real_tokens_BN(attention_mask, query.shape[2], key.shape[2])
     if attention_mask is None and decoder_token_mask_BN is not None and getattr(module, "is_decoder", False):
         token_mask_BN = decoder_token_mask_BN[:, -query.shape[2] :]
@@ -134,7 +158,7 @@ def moh_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
         gated_BNHD = dense_BNHD * routing.gates_BNH.to(dense_BNHD.dtype).unsqueeze(-1)
-        return fill_skipped(gated_BNHD, routing, module), None
+        return with_constants(torch.where(routing.selected_BNH.unsqueeze(-1), gated_BNHD, 0.0), routing, module), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and query.shape[2] > 1 and attention_mask is None
     if causal and key.shape[2] > query.shape[2]:
@@ -152,14 +176,15 @@ def moh_attention_forward(
         attn_mask=attention_mask,
         impl=head_attention_impl,
     )
-    return fill_skipped(out_BHND.transpose(1, 2), routing, module), None
+    return with_constants(out_BHND.transpose(1, 2), routing, module), None
 
 
-def fill_skipped(gated_BNHD: Tensor, routing: Routing, module: nn.Module) -> Tensor:
-    """The heads' outputs with the constant `moh_skipped` of the module, or 0, where a token skips a head."""
+def with_constants(gated_BNHD: Tensor, routing: Routing, module: nn.Module) -> Tensor:
+    """The heads' outputs, with the constants `moh_skipped` of the module, if any, at heads that a token skips."""
     skipped_HD = getattr(module, "moh_skipped", None)
-    constant = 0.0 if skipped_HD is None else skipped_HD.to(gated_BNHD.dtype)
-    return torch.where(routing.selected_BNH.unsqueeze(-1), gated_BNHD, constant).contiguous()
+    if skipped_HD is None:
+        return gated_BNHD.contiguous()
+    return fill_skipped(gated_BNHD, routing.selected_BNH, skipped_HD)
 
 
 def real_tokens_BN(attention_mask: Tensor | None, num_queries: int, num_keys: int) -> Tensor | None:

@@ -12,7 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face.attention import attention_for, eager_attention_of, hand_down_hidden_states
+from mixhead.models.hugging_face.attention import (
+    attention_for,
+    eager_attention_of,
+    hand_down_hidden_states,
+    routing_class,
+)
 from mixhead.models.hugging_face.sites import AttentionSite, find_sites
 from mixhead.nn import make_router
 from mixhead.routing import BinaryRouter, LayerHeads, TwoStageRouter
@@ -45,7 +50,7 @@ def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -
     module.moh_router = None  # type: ignore[assignment]
     module.moh_skipped = None  # type: ignore[assignment]
     module.moh_eager_attention = eager_attention_of(module)  # type: ignore[assignment]
-    module.moh_hook = module.register_forward_pre_hook(hand_down_hidden_states, with_kwargs=True)  # type: ignore[assignment]
+    feed_router(module)
     if heads.is_dense:
         return
     num_groups = site.num_key_value_heads if moh["group_balanced"] else 1
@@ -59,11 +64,23 @@ def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -
         module.moh_skipped = nn.Parameter(skipped_HD)
 
 
+def feed_router(module: nn.Module) -> None:
+    """From now on the module hands its hidden states down."""
+    module.moh_hook = None  # type: ignore[assignment]
+    if "forward" in vars(module):
+        module.moh_hook = module.register_forward_pre_hook(hand_down_hidden_states, with_kwargs=True)  # type: ignore[assignment]
+    else:
+        module.__class__ = routing_class(type(module))  # type: ignore[arg-type]
+
+
 def detach_router(module: nn.Module) -> None:
     """Takes back what `attach_router` did."""
     if not hasattr(module, "moh_hook"):
         return
-    module.moh_hook.remove()  # type: ignore[union-attr,operator]
+    if module.moh_hook is None:
+        module.__class__ = module.moh_base
+    else:
+        module.moh_hook.remove()  # type: ignore[union-attr,operator]
     for attribute in ("moh_name", "moh_router", "moh_skipped", "moh_eager_attention", "moh_hook"):
         delattr(module, attribute)
 

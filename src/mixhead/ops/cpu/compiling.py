@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "source"
 # The libraries, and what each is compiled from.
 LIBRARIES = {
-    "attention": ("attention_forward.cpp", "attention_backward.cpp"),
+    "attention": ("attention_forward.cpp", "attention_backward.cpp", "routing.cpp"),
     "projections": ("projections.cpp",),
     "aggregated": ("aggregated.cpp",),
     "convolutional_glu": ("convolutional_glu.cpp",),

@@ -13,6 +13,7 @@ from mixhead.ops.cpu import compiling
 from mixhead.ops.cpu.compiling import LIBRARIES, BuildError
 from mixhead.ops.cpu.constant import constant_when_compiled
 from mixhead.ops.cpu.level import best_level
+from mixhead.routing import one_operator
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def attempt(name: str) -> Outcome:
         reason = f"the C++ kernel is not available: {error}"
         logger.warning("%s Portable PyTorch is used instead.", sentence(reason))
         return Outcome(False, reason)
+    one_operator.is_loaded.cache_clear()
     return Outcome(True, f"the C++ kernel for {level} is loaded", level)
 
 

@@ -102,7 +102,6 @@ void run_forward(Call<In, Op>& call, const Tensor& out, float* stats) {
   }
 }
 
-// A few rows against each key-value head.
 template <class In>
 void run_decode(const Shape& shape, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& gates,
                 const Tensor& selected, const OptionalTensor& mask, const Tensor& out, float* stats) {
@@ -117,12 +116,7 @@ void run_decode(const Shape& shape, const Tensor& q_, const Tensor& k_, const Te
   decode.mask = mask_of(mask);
   decode.out = view<In>(out);
   decode.stats = stats;
-  decode.reserve();
-  share_work(decode.work(), [&](std::atomic<int64_t>& next) {
-    Arena arena(decode.bytes());
-    auto memory = decode.memory(arena);
-    for (int64_t i; (i = next.fetch_add(1)) < decode.work();) decode.run(memory, i);
-  });
+  run(decode);
 }
 
 Tensor run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gates, const Tensor& selected,

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "attention.h"
+#include "decode.h"
 #include "tensor.h"
 
 namespace mixhead {
@@ -62,6 +63,17 @@ void share_work(int64_t count, Body body) {
   std::atomic<int64_t> next{0};
   parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) body(next);
+  });
+}
+
+// A few rows against each key-value head.
+template <class In>
+void run(Decode<In>& decode) {
+  decode.reserve();
+  share_work(decode.work(), [&](std::atomic<int64_t>& next) {
+    Arena arena(decode.bytes());
+    auto memory = decode.memory(arena);
+    for (int64_t i; (i = next.fetch_add(1)) < decode.work();) decode.run(memory, i);
   });
 }
 
