@@ -84,6 +84,11 @@ test-triton: $(TRITON)/.complete  ## Check the Triton kernels, on the CPU in Tri
 	@TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest tests/ops/test_triton.py tests/ops/test_agreement.py \
 		tests/ops/test_head_attention.py -k triton $(PYTEST_ARGS)
 
+# The kernels on an emulated processor, which says what they compute and not how fast.
+.PHONY: test-arm
+test-arm: $(STAMP)  ## Check the kernels for ARM, on an emulated processor
+	@scripts/test_arm.sh $(BIN)/python
+
 .PHONY: lint
 lint: $(DEV_STAMP)  ## Check style
 	@$(BIN)/ruff check .

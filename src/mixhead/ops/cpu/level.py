@@ -9,7 +9,7 @@ import platform
 import torch
 
 from mixhead.errors import MixheadError
-from mixhead.ops.cpu.constant import constant_when_compiled
+from mixhead.ops.constant import constant_when_compiled
 
 # By kind of processor, the best first.
 LEVELS = {

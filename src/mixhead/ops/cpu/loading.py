@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from mixhead.ops.constant import constant_when_compiled
 from mixhead.ops.cpu import compiling
 from mixhead.ops.cpu.compiling import LIBRARIES, BuildError
-from mixhead.ops.cpu.constant import constant_when_compiled
 from mixhead.ops.cpu.level import best_level
 from mixhead.routing import one_operator
 

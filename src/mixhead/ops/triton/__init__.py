@@ -13,6 +13,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from mixhead.ops.constant import constant_when_compiled
 from mixhead.ops.triton.operators import attend
 
 __all__ = ["attend", "refusal"]
@@ -32,7 +33,7 @@ def refusal(q_BHND: Tensor, attn_mask: Tensor | None) -> str | None:
     return missing(q_BHND.device.type)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 @functools.cache
 def missing(device_type: str) -> str | None:
     """What a device lacks to run Triton, in a sentence; None where nothing. On the CPU it imports Triton to know."""
