@@ -23,33 +23,6 @@ constexpr int64_t kMostPlaces = 49;
 
 // ------------------------------------------------------------------------------------------------ vectors of D numbers
 
-// The sum of each of kLanes vectors, as one vector.
-inline Vec sums_of(const Vec* a) {
-#if defined(__AVX512F__)
-  __m512 b[8], c[4], d[2];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    b[i] = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a[2 * i], (__m512)a[2 * i + 1]),
-                         _mm512_unpackhi_ps((__m512)a[2 * i], (__m512)a[2 * i + 1]));
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512d x = _mm512_castps_pd(b[2 * i]), y = _mm512_castps_pd(b[2 * i + 1]);
-    c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    d[i] = _mm512_add_ps(_mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0x88),
-                         _mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0xdd));
-  }
-  return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd));
-#else
-  Vec sum;
-  for (int i = 0; i < kLanes; ++i) sum[i] = sum_of(a[i]);
-  return sum;
-#endif
-}
-
 // D numbers in V vectors, the last one filled up with zeros.
 template <int V>
 struct Row {
@@ -117,17 +90,6 @@ struct Map {
   int64_t U, V, R, S;  // rows and columns of pooled keys; of the table of their biases
   int64_t places() const { return window * window; }
 };
-
-// Numbers of a table at kLanes indices.
-inline Vec load_at(const float* table, IntVec index) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_i32gather_ps((__m512i)index, table, 4);
-#else
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = table[index[i]];
-  return v;
-#endif
-}
 
 template <int V>
 class Aggregated {

@@ -52,8 +52,21 @@ inline void copy_row(const From* from, int64_t count, float factor, To* to) {
   if (std::is_same_v<From, To> && factor == 1.f) {
     std::memcpy(to, from, count * sizeof(To));
   } else {
-    for (int64_t i = 0; i < count; ++i) narrow(widen(from[i]) * factor, to + i);
+    const int64_t whole = count / kLanes * kLanes;
+    const Vec times = all(factor);
+    for (int64_t i = 0; i < whole; i += kLanes) store_narrow(to + i, load_wide(from + i) * times);
+    if (whole < count) store_narrow_first(to + whole, load_wide_first(from + whole, count - whole) * times, count - whole);
   }
+}
+
+// Two rows' product, summed up in vectors.
+template <class In>
+inline float dot(const In* a, const In* b, int64_t count) {
+  const int64_t whole = count / kLanes * kLanes, left = count - whole;
+  Vec sum = all(0.f);
+  for (int64_t i = 0; i < whole; i += kLanes) sum += load_wide(a + i) * load_wide(b + i);
+  if (left) sum += load_wide_first(a + whole, left) * load_wide_first(b + whole, left);
+  return sum_of(sum);
 }
 
 // rows[r][c] -> pairs[r / 2][c][r % 2], `count` rows (even)
@@ -350,6 +363,19 @@ class Attention : public Problem<In> {
     store(block.sum + vector * kLanes, sum);
   }
 
+  // Four maxima at once, since each has to wait for the one before it.
+  static Vec largest_score(const float* column, int64_t keys) {
+    constexpr int64_t kChains = 4;
+    Vec largest[kChains] = {all(kLowest), all(kLowest), all(kLowest), all(kLowest)};
+    int64_t t = 0;
+    for (; t + kChains <= keys; t += kChains) {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kChains; ++i) largest[i] = larger(load(column + (t + i) * kRows), largest[i]);
+    }
+    for (; t < keys; ++t) largest[0] = larger(load(column + t * kRows), largest[0]);
+    return larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
+  }
+
   // Brings a vector's maximum up to its scores where they are more than `room` above it; the sum and O^T, which stand under
   // the old one, are lowered. Returns whether the scores are still raw; if not, they are scaled, biased and masked.
   bool raise_maximum(Block& block, float* scores, float* outT, const Bias& bias, int64_t vector, int64_t t0, int64_t keys,
@@ -358,9 +384,7 @@ class Attention : public Problem<In> {
     const bool raw = bias.kind == BiasKind::none && block.limit[vector * kLanes] >= t0 + keys && s.scale > 0.f;
     Vec largest = all(kLowest);
     if (raw) {
-#pragma GCC unroll 4
-      for (int64_t t = 0; t < keys; ++t) largest = larger(load(column + t * kRows), largest);
-      largest *= all(s.scale * kLog2e);
+      largest = largest_score(column, keys) * all(s.scale * kLog2e);
     } else {
       for_scores(block, scores, bias, vector, t0, keys, [&](int64_t t, Vec x) {
         store(column + t * kRows, x);
@@ -394,7 +418,6 @@ class Attention : public Problem<In> {
   }
 
   void write_output(const Block& block, const float* outT, const View<In>& out) const {
-    alignas(64) float rows_[kLanes * 16];
     const int64_t size = s.B * s.H * s.N;
     float factor[kRows];
     for (int64_t lane = 0; lane < block.count; ++lane) {
@@ -406,27 +429,27 @@ class Attention : public Problem<In> {
       }
       factor[lane] = inverse * widen(*gates.at(block.b, h, n));
     }
-    for (int64_t lane0 = 0; lane0 < block.count; lane0 += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, block.count - lane0);
-      for (int64_t d0 = 0; d0 < s.D; d0 += 16) {
-        const int64_t dims = std::min<int64_t>(16, s.D - d0);
-        untranspose(outT + d0 * kRows + lane0, dims, rows_);
-        for (int64_t i = 0; i < count; ++i) {
-          In* to = out.at(block.b, block.h[lane0 + i], block.n[lane0 + i]) + d0;
-          for (int64_t d = 0; d < dims; ++d) narrow(rows_[i * 16 + d] * factor[lane0 + i], to + d);
-        }
-      }
-    }
+    store_rows(block, outT, factor, out);
   }
 
-  // columns[d][lane] -> rows[lane][16], for one vector of lanes.
-  static void untranspose(const float* columns, int64_t dims, float* rows_) {
-    if (kLanes == 16 && dims == 16) {
-      transpose_words(reinterpret_cast<const uint32_t*>(columns), kRows, 16, 16, reinterpret_cast<uint32_t*>(rows_), 16);
-      return;
-    }
-    for (int64_t d = 0; d < dims; ++d) {
-      for (int64_t i = 0; i < kLanes; ++i) rows_[i * 16 + d] = columns[d * kRows + i];
+  // columns[d][lane], times a factor of the lane if there are any -> the rows of a [B, H, N, D] tensor.
+  void store_rows(const Block& block, const float* columns, const float* factor, const View<In>& to) const {
+    alignas(64) float rows_[kLanes * kLanes];
+    for (int64_t lane0 = 0; lane0 < block.count; lane0 += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, block.count - lane0);
+      for (int64_t d0 = 0; d0 < s.D; d0 += kLanes) {
+        transpose_square(reinterpret_cast<const uint32_t*>(columns + d0 * kRows + lane0), kRows,
+                         reinterpret_cast<uint32_t*>(rows_), kLanes);
+        for (int64_t i = 0; i < count; ++i) {
+          In* row = to.at(block.b, block.h[lane0 + i], block.n[lane0 + i]) + d0;
+          const Vec x = load(rows_ + i * kLanes) * all(factor ? factor[lane0 + i] : 1.f);
+          if (d0 + kLanes <= s.D) {
+            store_narrow(row, x);
+          } else {
+            store_narrow_first(row, x, s.D - d0);
+          }
+        }
+      }
     }
   }
 
@@ -492,14 +515,11 @@ class Attention : public Problem<In> {
     std::fill(block.max, block.max + kRows, kInfinity);  // a lane without a row has no probabilities
     for (int64_t lane = 0; lane < block.count; ++lane) {
       const int64_t h = block.h[lane], n = block.n[lane], at = (block.b * s.H + h) * s.N + n;
-      const In *grad_row = grad.at(block.b, h, n), *out_row = out.at(block.b, h, n);
-      float dot = 0.f;
-      for (int64_t d = 0; d < s.D; ++d) dot += widen(grad_row[d]) * widen(out_row[d]);
       block.max[lane] = stats[at];
       inverse[lane] = stats[size + at];
       gate[lane] = widen(*gates.at(block.b, h, n));
       scaled_gate[lane] = gate[lane] * s.scale;
-      delta[lane] = dot * s.scale;
+      delta[lane] = dot(grad.at(block.b, h, n), out.at(block.b, h, n), s.D) * s.scale;
     }
     gather(block, q, nullptr, m.rows);
     transpose(block, m.rows, m.qT);
@@ -529,9 +549,8 @@ class Attention : public Problem<In> {
       const Left<Op> columns = columns_of_run(kv, kv.kT, keys_run, t0);
       product(depth, lanes, padded, columns, m.d_scores_right + right, kRows, m.dqT + lane0, kRows, true);
     }
+    store_rows(block, m.dqT, nullptr, dq);
     for (int64_t lane = 0; lane < block.count; ++lane) {
-      In* row = dq.at(block.b, block.h[lane], block.n[lane]);
-      for (int64_t d = 0; d < s.D; ++d) narrow(m.dqT[d * kRows + lane], row + d);
       narrow(dgate[lane], dgates.at(block.b, block.h[lane], block.n[lane]));
     }
   }

@@ -44,18 +44,6 @@ inline Vec gelu_derivative_from(Vec x, Vec distribution) {
   return x < all(-kTail) ? all(0.f) : distribution + x * density;
 }
 
-// Numbers of a tensor as floats, and back.
-inline Vec widen_first(const float* p, int64_t count) { return load_first(p, count); }
-inline Vec widen_first(const BFloat* p, int64_t count) {
-  Vec v = all(0.f);
-  for (int64_t i = 0; i < count; ++i) v[i] = widen(p[i]);
-  return v;
-}
-inline void narrow_first(float* p, Vec v, int64_t count) { store_first(p, v, count); }
-inline void narrow_first(BFloat* p, Vec v, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) narrow(v[i], p + i);
-}
-
 template <class T>
 class ConvolutionalGLU {
  public:
@@ -77,9 +65,9 @@ class ConvolutionalGLU {
           Vec sum[kAcross];
           convolve(gates, y, x, v, c.tap, c.conv_bias, sum);
           for (int64_t i = 0; i < std::min(kAcross, X - x); ++i) {
-            const Vec value = widen_first(row(c, y, x + i) + M + v * kLanes, c.count[v]) + load(c.value_bias + v * kLanes);
+            const Vec value = load_wide_first(row(c, y, x + i) + M + v * kLanes, c.count[v]) + load(c.value_bias + v * kLanes);
             const Vec gate = gelu_from(sum[i], normal_distribution(sum[i]));
-            narrow_first(out + ((c.b * Y + y) * X + x + i) * M + c.first + v * kLanes, gate * value, c.count[v]);
+            store_narrow_first(out + ((c.b * Y + y) * X + x + i) * M + c.first + v * kLanes, gate * value, c.count[v]);
           }
         }
       }
@@ -158,7 +146,7 @@ class ConvolutionalGLU {
     }
     for (int64_t x = 0; x < X; ++x) {
       for (int v = 0; v < kVectors; ++v) {
-        const Vec gate = widen_first(row(c, y, x) + v * kLanes, c.count[v]);
+        const Vec gate = load_wide_first(row(c, y, x) + v * kLanes, c.count[v]);
         store(to + x * kChannels + v * kLanes, gate + load(c.gate_bias + v * kLanes));
       }
     }
@@ -197,11 +185,11 @@ class ConvolutionalGLU {
         for (int64_t i = 0; i < kAcross; ++i) {
           d_sum[i] = all(0.f);
           if (x + i >= X) continue;
-          const Vec value = widen_first(row(c, y, x + i) + M + v * kLanes, c.count[v]) + load(c.value_bias + v * kLanes);
-          const Vec d_out = widen_first(grad + ((c.b * Y + y) * X + x + i) * M + c.first + v * kLanes, c.count[v]);
+          const Vec value = load_wide_first(row(c, y, x + i) + M + v * kLanes, c.count[v]) + load(c.value_bias + v * kLanes);
+          const Vec d_out = load_wide_first(grad + ((c.b * Y + y) * X + x + i) * M + c.first + v * kLanes, c.count[v]);
           const Vec distribution = normal_distribution(sum[i]), d_value = d_out * gelu_from(sum[i], distribution);
           d_sum[i] = d_out * value * gelu_derivative_from(sum[i], distribution);
-          narrow_first(d_hidden + at(c, y, x + i) + M + v * kLanes, d_value, c.count[v]);
+          store_narrow_first(d_hidden + at(c, y, x + i) + M + v * kLanes, d_value, c.count[v]);
           store(to + (x + i) * kChannels + v * kLanes, d_sum[i]);
           d_bias += d_sum[i];
           d_value_bias += d_value;
@@ -238,7 +226,7 @@ class ConvolutionalGLU {
         Vec d_gate[kAcross];
         convolve(d_conv, y, x, v, c.turned_tap, zeros, d_gate);
         for (int64_t i = 0; i < std::min(kAcross, X - x); ++i) {
-          narrow_first(d_hidden + at(c, y, x + i) + v * kLanes, d_gate[i], c.count[v]);
+          store_narrow_first(d_hidden + at(c, y, x + i) + v * kLanes, d_gate[i], c.count[v]);
           d_bias += d_gate[i];
         }
       }

@@ -50,53 +50,6 @@ inline bool few_rows(const Shape& s, const View<const bool>& selected) {
   return count <= few * s.B * s.K;
 }
 
-inline Vec load_wide(const float* p) { return load(p); }
-
-inline Vec load_wide(const BFloat* p) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-#elif defined(__AVX2__)
-  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
-#else
-  return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
-#endif
-}
-
-// The first `count` numbers, then zeros; nothing behind them is read.
-template <class In>
-inline Vec load_some(const In* p, int64_t count) {
-  float numbers[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) numbers[i] = widen(p[i]);
-  return load(numbers);
-}
-
-// {a0 + a1, a2 + a3, ..., b0 + b1, ...}
-inline Vec add_neighbours(Vec a, Vec b) {
-  Vec even, odd;
-#if defined(__GNUC__) && !defined(__clang__)
-  IntVec index;
-  for (int i = 0; i < kLanes; ++i) index[i] = 2 * i;
-  even = __builtin_shuffle(a, b, index);
-  odd = __builtin_shuffle(a, b, index + 1);
-#else
-  for (int i = 0; i < kLanes / 2; ++i) {
-    even[i] = a[2 * i], even[kLanes / 2 + i] = b[2 * i];
-    odd[i] = a[2 * i + 1], odd[kLanes / 2 + i] = b[2 * i + 1];
-  }
-#endif
-  return even + odd;
-}
-
-// Lane i becomes the sum of the lanes of x[i].
-template <int Count>
-inline Vec sums_of_lanes(const Vec* x) {
-  if constexpr (Count == 1) {
-    return x[0];
-  } else {
-    return add_neighbours(sums_of_lanes<Count / 2>(x), sums_of_lanes<Count / 2>(x + Count / 2));
-  }
-}
-
 // Calls `use(number of rows at a time, first row)` with 4, 2 or 1 at a time, known when compiling.
 template <class Use>
 inline void for_tiles_of_rows(int64_t count, Use use) {
@@ -131,12 +84,12 @@ template <int R, class In>
   if (d < D) {
 #pragma GCC unroll 16
     for (int i = 0; i < kKeys; ++i) {
-      const Vec x = load_some(key[i] + d, D - d);
+      const Vec x = load_wide_first(key[i] + d, D - d);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sum[r * kKeys + i] += load(q + r * ldq + d) * x;
     }
   }
-  const Vec total = sums_of_lanes<kLanes>(sum);
+  const Vec total = sums_of(sum);
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     std::memcpy(scores + r * kPiece, reinterpret_cast<const float*>(&total) + r * kKeys, kKeys * sizeof(float));
@@ -154,7 +107,7 @@ inline void score_one_by_one(const float* q, int64_t rows, int64_t ldq, const In
       const In* key = k + t * row;
       Vec sum = all(0.f);
       for (int64_t d = 0; d < whole; d += kLanes) sum += load(query + d) * load_wide(key + d);
-      if (whole < D) sum += load(query + whole) * load_some(key + whole, D - whole);
+      if (whole < D) sum += load(query + whole) * load_wide_first(key + whole, D - whole);
       scores[r * kPiece + t] = sum_of(sum);
     }
   }
@@ -174,7 +127,7 @@ inline void value_tile(const float* probs, const In* v, int64_t row, int64_t key
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
       __builtin_prefetch(v + j * kLanes + ahead);
-      const Vec x = some ? load_some(v, some) : load_wide(v + j * kLanes);
+      const Vec x = some ? load_wide_first(v, some) : load_wide(v + j * kLanes);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sum[r][j] += all(probs[r * kPiece + t]) * x;
     }

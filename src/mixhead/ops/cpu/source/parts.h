@@ -25,8 +25,6 @@ struct Magnitude {
   }
 };
 
-inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
-
 // 16 numbers of each of two rows -> for every part 16 words, the first row's in the lower half. `rest` leaves `count` of them.
 inline void pair_words(const BFloat* row0, const BFloat* row1, int64_t count, __m512i* words, Magnitude&) {
   const __mmask16 mask = first_lanes(count);
