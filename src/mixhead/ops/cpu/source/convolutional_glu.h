@@ -14,7 +14,7 @@
 
 namespace mixhead {
 
-constexpr int64_t kVectors = 4, kChannels = kVectors * kLanes;  // of a task
+constexpr int64_t kChannels = 64, kVectors = kChannels / kLanes;  // of a task: enough of a token to read at a time
 constexpr int64_t kAcross = 4;                                  // columns that are summed at once
 constexpr int64_t kTaps = 9;
 

@@ -90,7 +90,7 @@ inline Vec load_first(const float* p, int64_t count) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_maskz_loadu_ps(first_lanes(count), p);
 #elif defined(__AVX2__)
-  return (Vec)_mm256_maskload_ps(p, first_lanes(count));
+  return count >= kLanes ? load(p) : (Vec)_mm256_maskload_ps(p, first_lanes(count));
 #else
   if (count >= kLanes) return load(p);
   Vec v = all(0.f);
@@ -103,6 +103,7 @@ inline void store_first(float* p, Vec v, int64_t count) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)v);
 #elif defined(__AVX2__)
+  if (count >= kLanes) return store(p, v);  // masked stores take long on some processors
   _mm256_maskstore_ps(p, first_lanes(count), (__m256)v);
 #else
   if (count >= kLanes) return store(p, v);
