@@ -28,7 +28,7 @@ struct Layout {
   static constexpr bool pairs = std::is_same_v<Op, BFloat>;
   static constexpr int64_t key_step = pairs ? 32 : 1;                   // products want this many keys at a time
   static constexpr int64_t lane_step = pairs ? 2 : 1;                   // and this many vectors of lanes
-  static constexpr int64_t keys_in_run = 64;
+  static constexpr int64_t keys_in_run = pairs ? 64 : 66;               // the second is a multiple of a tile's six rows
   static int64_t padded_dim(int64_t D) { return round_up(D, pairs ? 32 : kLanes); }
   static int64_t depth(int64_t D) { return pairs ? padded_dim(D) : D; }
   static int64_t padded_keys(int64_t T) { return round_up(T, key_step); }

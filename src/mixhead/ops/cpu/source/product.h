@@ -5,6 +5,8 @@
 // for bf16 operands m is a multiple of 16 and k of 32 (the caller pads).
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace mixhead {
