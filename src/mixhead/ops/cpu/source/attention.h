@@ -60,8 +60,8 @@ inline void copy_row(const From* from, int64_t count, float factor, To* to) {
 }
 
 // Two rows' product, summed up in vectors.
-template <class In>
-inline float dot(const In* a, const In* b, int64_t count) {
+template <class A, class B>
+inline float dot(const A* a, const B* b, int64_t count) {
   const int64_t whole = count / kLanes * kLanes, left = count - whole;
   Vec sum = all(0.f);
   for (int64_t i = 0; i < whole; i += kLanes) sum += load_wide(a + i) * load_wide(b + i);

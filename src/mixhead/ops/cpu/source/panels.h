@@ -10,12 +10,7 @@
 
 namespace mixhead {
 
-#if defined(__AVX512F__)
-constexpr int kPanelVectors = 4;
-#else
-constexpr int kPanelVectors = 2;
-#endif
-constexpr int64_t kPanel = kPanelVectors * kLanes;  // columns of a packed panel of weights
+constexpr int64_t kPanel = 64;  // columns of a packed panel of weights: as wide as a usual head, whose rows are then read once
 
 // An array on a boundary of a cache line, so that no load of a vector needs two lines.
 template <class T>

@@ -97,14 +97,11 @@ struct Projection {
       for (int64_t i = 0; i < piece.count; ++i) {
         const float *sum = m.rows.to[i], factor = gate(row[i], slot[i]);
         T* out = to.at(row[i], slot[i]) + d0;
-        if (other) {
-          const T* x = other->at(row[i], slot[i]) + d0;
-          for (int64_t d = 0; d < columns; ++d) m.dot[i] += sum[d] * widen(x[d]);
-        }
+        if (other) m.dot[i] += dot(sum, other->at(row[i], slot[i]) + d0, columns);
         if (bias) {
           for (int64_t d = 0; d < columns; ++d) narrow(factor * (sum[d] + widen(bias[h * D + d0 + d])), out + d);
         } else {
-          for (int64_t d = 0; d < columns; ++d) narrow(factor * sum[d], out + d);
+          copy_row(sum, columns, factor, out);
         }
       }
     }

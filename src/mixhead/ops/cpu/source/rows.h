@@ -10,7 +10,7 @@
 namespace mixhead {
 
 constexpr int64_t kDepth = 256;  // numbers of a row that are multiplied at a time
-constexpr int64_t kBlock = 480;  // rows that are multiplied at a time: a multiple of 6 and of 32
+constexpr int64_t kBlock = kLanes == 16 ? 480 : 240;  // rows that are multiplied at a time: a multiple of 6 and of 16
 
 // c[i] (+)= scale[i] * (a[i] B): M rows, wherever they lie, times N vectors of columns that stay in registers.
 template <int M, int N>
@@ -126,18 +126,26 @@ inline void outer_panel(int64_t rows, int64_t depth, const float* const* a, cons
   outer_rest<kTall - 1, N>(rows - m, depth, a, m, b, n, c + m * ldc, ldc, accumulate);
 }
 
+// Calls `use(vectors of columns at a time, first column)`, as many at a time as the registers hold, known when compiling.
+template <class Use>
+inline void for_tiles_of_columns(int64_t columns, Use use) {
+  constexpr int kWide = kLanes == 16 ? 4 : 2;
+  const int64_t vectors = (columns + kLanes - 1) / kLanes;
+  int64_t v = 0;
+  for (; v + kWide <= vectors; v += kWide) use(std::integral_constant<int, kWide>{}, v * kLanes);
+  if constexpr (kWide == 4) {
+    if (vectors - v == 3) use(std::integral_constant<int, 3>{}, v * kLanes);
+    if (vectors - v == 2) use(std::integral_constant<int, 2>{}, v * kLanes);
+  }
+  if (vectors - v == 1) use(std::integral_constant<int, 1>{}, v * kLanes);
+}
+
 // C[rows][columns] (+)= sum_k a[k]^T b[k]; whole vectors of columns are read and written.
 inline void outer_product(int64_t rows, int64_t columns, int64_t depth, const float* const* a, const float* const* b, float* c,
                           int64_t ldc, bool accumulate) {
-  for (int64_t n = 0; n < columns; n += kPanel) {
-    const int64_t vectors = (std::min(kPanel, columns - n) + kLanes - 1) / kLanes;
-    if (vectors == 1) outer_panel<1>(rows, depth, a, b, n, c + n, ldc, accumulate);
-    if (vectors == 2) outer_panel<2>(rows, depth, a, b, n, c + n, ldc, accumulate);
-#if defined(__AVX512F__)
-    if (vectors == 3) outer_panel<3>(rows, depth, a, b, n, c + n, ldc, accumulate);
-    if (vectors == 4) outer_panel<4>(rows, depth, a, b, n, c + n, ldc, accumulate);
-#endif
-  }
+  for_tiles_of_columns(columns, [&](auto vectors, int64_t n) {
+    outer_panel<vectors.value>(rows, depth, a, b, n, c + n, ldc, accumulate);
+  });
 }
 
 // Rows on their way through a product: where they come from and go to, and their factors. At most kBlock.
@@ -180,13 +188,9 @@ inline void multiply(const Rows<float>& rows, int64_t k0, int64_t depth, const f
                      bool accumulate, Gather<float>&) {
   const float* from[kBlock];
   for (int64_t i = 0; i < rows.count; ++i) from[i] = rows.from[i] + k0;
-  const int64_t vectors = (columns + kLanes - 1) / kLanes;
-  if (vectors == 1) rows_panel<1>(rows.count, depth, from, b, rows.scale, rows.to, column, accumulate);
-  if (vectors == 2) rows_panel<2>(rows.count, depth, from, b, rows.scale, rows.to, column, accumulate);
-#if defined(__AVX512F__)
-  if (vectors == 3) rows_panel<3>(rows.count, depth, from, b, rows.scale, rows.to, column, accumulate);
-  if (vectors == 4) rows_panel<4>(rows.count, depth, from, b, rows.scale, rows.to, column, accumulate);
-#endif
+  for_tiles_of_columns(columns, [&](auto vectors, int64_t n) {
+    rows_panel<vectors.value>(rows.count, depth, from, b + n, rows.scale, rows.to, column + n, accumulate);
+  });
 }
 
 #if defined(__AVX512BF16__)
