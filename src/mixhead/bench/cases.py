@@ -126,28 +126,58 @@ ALL_HEADS, AUTO = 0.97, 0.98  # of dense, what is allowed with nothing to skip, 
 SKEW = 0.9  # of the balanced figure, what skewed routing has to reach
 
 
+Shares = tuple[float, float, float]  # ratios at 75, 50 and 25% of the heads
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an instruction set has to reach; pairs are bidirectional and causal.
+
+    Attributes:
+        images: forward in float32, 8 x 197 tokens.
+        by_tokens: forward in float32, by the number of tokens.
+        backward: forward + backward in float32.
+        bf16: forward in bfloat16, by the number of tokens.
+    """
+
+    images: Shares
+    by_tokens: dict[int, tuple[Shares, Shares]]
+    backward: Shares
+    bf16: dict[int, tuple[Shares, Shares]]
+
+
+BY_TOKENS = {1024: ((1.45, 2.1, 4.0), (1.75, 2.5, 4.5)), 4096: ((1.6, 2.3, 4.5), (1.8, 2.6, 5.0))}
+IN_FLOAT32, DOT_PRODUCTS = (1.8, 2.5, 4.5), (2.5, 3.5, 6.0)
+AVX512 = Wanted((1.25, 1.7, 2.6), BY_TOKENS, (1.4, 2.0, 3.8), dict.fromkeys((1024, 4096), (IN_FLOAT32, IN_FLOAT32)))
+BF16 = replace(AVX512, bf16=dict.fromkeys((1024, 4096), (DOT_PRODUCTS, DOT_PRODUCTS)))
+AVX2 = Wanted(
+    images=(1.3, 1.75, 2.7),
+    by_tokens={1024: ((1.45, 2.1, 4.0), (1.8, 2.55, 4.5)), 4096: ((1.5, 2.2, 4.3), (1.75, 2.5, 4.8))},
+    backward=(1.4, 2.0, 3.7),
+    bf16={1024: ((1.5, 2.2, 4.0), (1.9, 2.7, 4.6))},
+)
+WANTED = {"amx": BF16, "avx512_bf16": BF16, "avx512": AVX512, "avx2": AVX2, "plain": AVX2}
+
+
 def figures() -> Iterator[Figure]:
     """Every case with a figure to reach on this machine's instruction set."""
     from mixhead.ops import cpu  # a case is described without PyTorch
 
-    yield needed(Case(8, 197), "float32", 1.25, 1.7, 2.6)
-    for tokens, wanted in (
-        (1024, ((1.45, 2.1, 4.0), (1.75, 2.5, 4.5))),
-        (4096, ((1.6, 2.3, 4.5), (1.8, 2.6, 5.0))),
-    ):
+    wanted = WANTED[cpu.best_level()]
+    yield needed(Case(8, 197), "float32", *wanted.images)
+    for tokens, by_mask in wanted.by_tokens.items():
         for causal in BOTH:
-            yield needed(Case(1, tokens, causal), "float32", *wanted[causal])
+            yield needed(Case(1, tokens, causal), "float32", *by_mask[causal])
             if tokens == 1024:
-                balanced = dict(zip((0.75, 0.5, 0.25), wanted[causal], strict=True))
+                balanced = dict(zip((0.75, 0.5, 0.25), by_mask[causal], strict=True))
                 skewed = {share: SKEW * figure for share, figure in balanced.items()}
                 yield Figure(Case(1, tokens, causal), "float32", skewed, routing="skewed")
     for tokens in (1024, 4096):
         for causal in BOTH:
-            yield needed(Case(1, tokens, causal, backward=True), "float32", 1.4, 2.0, 3.8)
-    dot_products = cpu.best_level() in ("amx", "avx512_bf16")
-    for tokens in (1024, 4096):
+            yield needed(Case(1, tokens, causal, backward=True), "float32", *wanted.backward)
+    for tokens, by_mask in wanted.bf16.items():
         for causal in BOTH:
-            yield needed(Case(1, tokens, causal), "bfloat16", *((2.5, 3.5, 6.0) if dot_products else (1.8, 2.5, 4.5)))
+            yield needed(Case(1, tokens, causal), "bfloat16", *by_mask[causal])
     yield needed(DECODE_LARGE, "float32", 1.3, 1.95, 3.8)
     for case in PRESETS["small"]:
         for dtype in ("float32", "bfloat16"):
