@@ -138,7 +138,7 @@ def untuned(arm: str, run: Path) -> dict[str, float]:
         save(model, run / arm / "untuned")
         return {"probe": accuracy(run / arm / "untuned")}
     model.classifier.load_state_dict(load_classifier(run / "dense" / "untuned")[0].classifier.state_dict())
-    mixhead.convert(model, mixhead.MoHConfig(active_heads=ARMS[arm], balance_coefficient=0.0))
+    mixhead.convert(model, mixhead.MoHConfig(active_heads=ARMS[arm]))
     unlabelled = batches(some_images("train", 20_000, CALIBRATED), processor(), 32, [])
     seen = [{"pixel_values": pixels} for pixels, _ in unlabelled]
     start = time.perf_counter()

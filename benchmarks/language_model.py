@@ -39,11 +39,10 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True)
 class Arm:
-    """One model of the comparison: how it is made from the original, and the weight of its balance loss."""
+    """One model of the comparison, and how it is made from the original."""
 
     title: str
     config: mixhead.MoHConfig | None
-    balance_coefficient: float | None = None
     budget: str = "sensitivity"
     refit_output: bool = True
     tuned: bool = True
@@ -61,9 +60,9 @@ def ours(active_heads: int, shared_heads: int, group_balanced: bool = False) -> 
 
 ARMS = {
     "original": Arm("original", None),
-    "published-7": Arm("published recipe (first 4 shared, query norm)", published(7), 0.01),
-    "mixhead-7": Arm("mixhead, calibrated", ours(7, 0), 0.0),
-    "mixhead-6": Arm("mixhead, calibrated", ours(6, 0), 0.0),
+    "published-7": Arm("published recipe (first 4 shared, query norm)", published(7)),
+    "mixhead-7": Arm("mixhead, calibrated", ours(7, 0)),
+    "mixhead-6": Arm("mixhead, calibrated", ours(6, 0)),
     # What the parts of calibration are worth; these are not tuned.
     "uniform-7": Arm("as many heads in every layer", ours(7, 0), budget="uniform", tuned=False),
     "shared-2-7": Arm("2 of 7 heads shared", ours(7, 2), tuned=False),
@@ -117,7 +116,7 @@ def run_arm(name: str, arm: Arm, dense: Path, tokenizer: Any, arguments: argpars
         keep(results, done)
     evaluations = {"before": start}
     if arguments.tokens and arm.tuned:
-        evaluations[f"after-{arguments.tokens}"] = tuned(name, arm, start, place, tokenizer, arguments.tokens, done)
+        evaluations[f"after-{arguments.tokens}"] = tuned(name, start, place, tokenizer, arguments.tokens, done)
         keep(results, done)
     for when, source in evaluations.items():
         evaluate(
@@ -138,14 +137,12 @@ def convert(model: Any, arm: Arm, tokenizer: Any) -> tuple[Any, float]:
     return model, time.perf_counter() - begin
 
 
-def tuned(name: str, arm: Arm, start: Path, place: Path, tokenizer: Any, tokens: int, done: dict[str, Any]) -> Path:
+def tuned(name: str, start: Path, place: Path, tokenizer: Any, tokens: int, done: dict[str, Any]) -> Path:
     """The folder of the tuned model; an interrupted run goes on."""
     run = place / f"tuned-{tokens}"
     if f"tuned-{tokens}" not in done:
         windows_WT = token_windows(tokenizer, text_source("addresses", "train"), WINDOW)
-        config = TuneConfig(
-            tokens=tokens, balance_coefficient=arm.balance_coefficient, save_every=20, keep_checkpoints=1
-        )
+        config = TuneConfig(tokens=tokens, save_every=20, keep_checkpoints=1)
         model = AutoModelForCausalLM.from_pretrained(start)
         print(f"Tuning {name} on {tokens:,} tokens.", flush=True)
         result = tune(model, windows_WT, config, run, resume=run.exists(), tokenizer=tokenizer)

@@ -62,8 +62,15 @@ def test_convert_writes_a_calibrated_model(converted):
     assert isinstance(model, MoHModelMixin)
     layers = model.config.moh["layers"]
     assert sum(layer["active_heads"] for layer in layers) == 6
+    assert model.config.moh["balance_coefficient"] == 0.0
     skipped = [p for name, p in model.named_parameters() if name.endswith("moh_skipped")]
     assert skipped and all(p.abs().sum() > 0 for p in skipped)
+
+
+def test_convert_is_told_the_weight_of_the_balance_loss(dense, tmp_path):
+    folder = tmp_path / "converted"
+    assert run(["convert", str(dense), str(folder), "--router", "query_norm", "--balance", "0.25"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(folder).config.moh["balance_coefficient"] == 0.25
 
 
 def test_evaluate_prints_all_models_and_writes_json(dense, converted, text, tmp_path, capsys):

@@ -138,7 +138,7 @@ def test_a_refusal_in_the_middle_leaves_the_model_as_it_was():
 
 
 def test_reentrant_checkpointing_would_lose_the_gradient_of_the_balance_loss():
-    model = mixhead.convert(ZOO["llama"].make()).train()
+    model = mixhead.convert(ZOO["llama"].make(), MoHConfig(balance_coefficient=0.01)).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with refuses("[Rr]eentrant gradient checkpointing"):
         model(**ZOO["llama"].inputs(), **ZOO["llama"].labels())

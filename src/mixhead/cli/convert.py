@@ -25,6 +25,14 @@ def convert(
     group_balanced: Annotated[
         bool, typer.Option("--group-balanced", help="Equally many active heads in every key-value group.")
     ] = False,
+    balance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Weight of the balance loss when the model is trained; if not given 0 for the linear router and 0.01 "
+            "for those of the paper, as in the tables of docs/quality.md.",
+        ),
+    ] = None,
     text: Annotated[str, typer.Option(help="Text to calibrate on. " + TEXT_HELP)] = "addresses:calibration",
     tokens: Annotated[int, typer.Option(min=CALIBRATION_WINDOW, help="Tokens to calibrate on.")] = 16_384,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
@@ -64,6 +72,7 @@ def convert(
         shared_heads=shared_heads,
         router=router,
         group_balanced=group_balanced,
+        balance_coefficient=balance,
     )
     if official in PUBLISHED_DIT or holds_dit(folder):
         convert_dit(folder, out, official, config, CalibrationImages(images, samples, vae), overwrite=overwrite)

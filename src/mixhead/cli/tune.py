@@ -29,7 +29,7 @@ def tune(
         float, typer.Option(help="Learning rate of the last step.")
     ] = DEFAULTS.final_learning_rate,
     balance: Annotated[
-        float | None, typer.Option(help="Weight of the balance loss; by default the converted model's own.")
+        float | None, typer.Option(help="Weight of the balance loss; by default what convert --balance gave the model.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="A model to distil from, usually the original.")] = None,
     distillation: Annotated[float, typer.Option(help="Share of the distillation in the loss, 0 to 1.")] = 0.0,

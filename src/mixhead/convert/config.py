@@ -11,6 +11,8 @@ from mixhead.errors import MixheadError
 from mixhead.nn.moh import ROUTERS
 from mixhead.routing import LayerHeads
 
+BALANCE = {"linear": 0.0, "query_norm": 0.01, "two_stage": 0.01}  # weight of the balance loss, by router
+
 Shares = float | Sequence[float]
 Counts = int | Sequence[int]
 
@@ -29,7 +31,9 @@ class MoHConfig:
             published recipe for LLaMA3, no parameters, gates 0 / 1) or "two_stage" (learned, weighted gates; has to be
             trained).
         group_balanced: equally many active heads in every key-value group ("linear" and "query_norm" only).
-        balance_coefficient: weight of the load-balance loss in the training loss (0.01 in the MoH paper).
+        balance_coefficient: weight of the load-balance loss in the training loss. None becomes that of the tables
+            (docs/quality.md): 0 for the linear router, whose fitted scores it would pull away from the heads that
+            matter; 0.01, as in the MoH paper, for its routers.
 
     Shares are rounded to the nearest whole head (to the nearest multiple of the key-value heads if `group_balanced`).
     """
@@ -40,14 +44,16 @@ class MoHConfig:
     shared_heads: Counts | None = None
     router: str = "linear"
     group_balanced: bool = False
-    balance_coefficient: float = 0.01
+    balance_coefficient: float | None = None
 
     def __post_init__(self) -> None:
         if self.router not in ROUTERS:
             raise MixheadError(f"router={self.router!r} is unknown: choose one of {', '.join(ROUTERS)}.")
         if self.router == "two_stage" and self.group_balanced:
             raise MixheadError("The two-stage router cannot be group-balanced: choose 'linear' or 'query_norm'.")
-        if not 0.0 <= self.balance_coefficient < math.inf:
+        if self.balance_coefficient is None:
+            object.__setattr__(self, "balance_coefficient", BALANCE[self.router])
+        elif not 0.0 <= self.balance_coefficient < math.inf:
             raise MixheadError(f"balance_coefficient={self.balance_coefficient} must be 0 or a positive number.")
         for name, low in (("active", 0.0), ("shared", -1.0)):
             shares = as_list(getattr(self, name))

@@ -116,9 +116,7 @@ class Demo:
     def convert(self, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, float]:
         """Our converted and calibrated model, and the seconds that took."""
         start = time.perf_counter()
-        model = convert(
-            self.load(), MoHConfig(active_heads=self.config.active_heads, shared_heads=0, balance_coefficient=0.0)
-        )
+        model = convert(self.load(), MoHConfig(active_heads=self.config.active_heads, shared_heads=0))
         batches = self.windows(tokenizer, "calibration", self.config.calibration_tokens // WINDOW).split(4)
         with self.bar("Calibrating") as on_progress:
             calibrate(model, batches, CalibrationConfig(autocast=autocast_dtype()), on_progress)
