@@ -7,6 +7,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
+# The same engines on every processor, in the processes that tests start too: nothing is measured, but in the tests that
+# are about measuring.
+os.environ["MIXHEAD_CROSSOVER"] = __file__.replace("conftest.py", "crossover.json")
 
 import json
 import random
@@ -47,12 +50,6 @@ def seed() -> int:
     numpy.random.seed(value)
     torch.manual_seed(value)
     return value
-
-
-@pytest.fixture(autouse=True)
-def built_in_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test sees the built-in choice of engines, whatever `mixhead doctor --tune` has measured on this machine."""
-    monkeypatch.setattr("mixhead.ops.crossover.measured", lambda *arguments: None)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from mixhead.bench.memory import peak_memory
 from mixhead.bench.results import SKIPPED, WRONG, Results, met
 from mixhead.bench.runner import Entry, Options, entries_of_figures, grid, run
 from mixhead.errors import MixheadError
-from mixhead.ops import IMPLEMENTATIONS, dense
+from mixhead.ops import IMPLEMENTATIONS, Engine
+from mixhead.ops.attention import dense
 
 SPEC = CoreSpec(Case(1, 63, heads=4, kv_heads=4, head_dim=8), "float32", "random", 0.5)
 FAST = Options(rounds=1, seconds=0.0, memory=False)
@@ -35,7 +36,7 @@ def test_a_wrong_engine_is_not_timed(monkeypatch):
     def doubled(*args, **keywords):
         return 2 * dense.attend(*args, **keywords)
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "doubled", doubled)
+    monkeypatch.setitem(IMPLEMENTATIONS, "doubled", Engine("doubled", doubled))
     [row] = rows_of(Entry(SPEC, "doubled", 1, required=0.5))
     assert (row.status, row.reached, row.dense, row.wall_ms) == (WRONG, False, None, None)
     assert row.error == pytest.approx(1.0, rel=0.01)
@@ -45,7 +46,7 @@ def test_an_engine_that_refuses_is_skipped_with_its_sentence(monkeypatch):
     def refuse(*args, **keywords):
         raise MixheadError("This engine needs another machine.")
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "elsewhere", refuse)
+    monkeypatch.setitem(IMPLEMENTATIONS, "elsewhere", Engine("elsewhere", refuse))
     skipped, timed = rows_of(Entry(SPEC, "elsewhere", 1), Entry(SPEC, "dense", 1))
     assert (skipped.status, skipped.note) == (SKIPPED, "This engine needs another machine.")
     assert timed.wall_ms > 0
@@ -76,7 +77,7 @@ def test_a_grid_has_every_combination_and_decode_counts_cached_keys():
 
 
 def test_json_holds_machine_and_rows_and_no_infinity(tmp_path, monkeypatch):
-    monkeypatch.setitem(IMPLEMENTATIONS, "nan", lambda *a, **k: dense.attend(*a, **k) * float("nan"))
+    monkeypatch.setitem(IMPLEMENTATIONS, "nan", Engine("nan", lambda *a, **k: dense.attend(*a, **k) * float("nan")))
     results = Results("mixhead bench core", 1, rows_of(Entry(SPEC, "nan", 1), Entry(SPEC, "masked", 1)))
     assert results.wrong
     file = tmp_path / "speed.json"

@@ -12,7 +12,8 @@ from mixhead.bench.routings import save_recording
 from mixhead.bench.subject import MASKED, SDPA, largest_error
 from mixhead.convert import MoHConfig
 from mixhead.errors import MixheadError
-from mixhead.ops import IMPLEMENTATIONS, dense
+from mixhead.ops import IMPLEMENTATIONS, Engine
+from mixhead.ops.attention import dense
 from mixhead.recording import keep_routing
 
 SHAPE = Case(2, 63, True, heads=4, kv_heads=2, head_dim=8)
@@ -35,10 +36,10 @@ def spec_of(kind, direction, dtype="float32", routing="random"):
 def broken(monkeypatch):
     """An engine whose result has the wrong sign: far off, whatever the weights are."""
 
-    def attend(q, k, v, *routing, **keywords):
-        return dense.attend(q, k, -v, *routing, **keywords)
+    def attend(q, k, v, routing, **keywords):
+        return dense.attend(q, k, -v, routing, **keywords)
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "broken", attend)
+    monkeypatch.setitem(IMPLEMENTATIONS, "broken", Engine("broken", attend))
     return "broken"
 
 
@@ -55,7 +56,7 @@ def wrong_gradient(monkeypatch):
         def backward(ctx, grad):
             return grad / 2
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "halved", lambda *a, **k: Halve.apply(dense.attend(*a, **k)))
+    monkeypatch.setitem(IMPLEMENTATIONS, "halved", Engine("halved", lambda *a, **k: Halve.apply(dense.attend(*a, **k))))
     return "halved"
 
 

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from mixhead.bench import tune
 from mixhead.cli import bench
 from mixhead.cli.app import run
-from mixhead.ops import IMPLEMENTATIONS, cpu, crossover, dense
+from mixhead.ops import IMPLEMENTATIONS, Engine, cpu, crossover
+from mixhead.ops.attention import dense
+from mixhead.ops.crossover import store
 
 FAST = ["--rounds", "1", "--seconds", "0", "--no-memory"]
 SMALL = ["--tokens", "33", "--heads", "4", "--head-dim", "8", *FAST]
@@ -63,7 +64,7 @@ def test_a_preset_and_a_figure_by_their_description(tmp_path, capsys):
 
 
 def test_a_wrong_result_ends_with_1_and_without_a_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(IMPLEMENTATIONS, "doubled", lambda *a, **k: 2 * dense.attend(*a, **k))
+    monkeypatch.setitem(IMPLEMENTATIONS, "doubled", Engine("doubled", lambda *a, **k: 2 * dense.attend(*a, **k)))
     code, rows = measured(["core", *SMALL, "--share", "0.5", "--engine", "doubled,masked"], tmp_path)
     assert code == 1
     assert [(row["status"], row["wall_ms"] is None) for row in rows] == [("wrong", True), ("ok", False)]
@@ -74,7 +75,7 @@ def test_ctrl_c_leaves_the_rows_that_are_done(tmp_path, monkeypatch, capsys):
     def interrupt(*args, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "interrupted", interrupt)
+    monkeypatch.setitem(IMPLEMENTATIONS, "interrupted", Engine("interrupted", interrupt))
     code, rows = measured(["core", *SMALL, "--share", "0.5", "--engine", "masked,interrupted,dense"], tmp_path)
     assert code == 130
     assert [row["engine"] for row in rows] == ["masked"]
@@ -111,13 +112,20 @@ def test_doctor_tune_measures_keeps_and_uses(tmp_path, monkeypatch, capsys):
     if not cpu.available()[0]:
         pytest.skip("there is no C++ compiler")
     monkeypatch.setenv("MIXHEAD_CACHE", str(tmp_path))
-    one = next(tune.climbs())
-    monkeypatch.setattr(tune, "climbs", lambda: iter([tune.Climb(one.points[:1])]))
-    assert run(["doctor", "--tune"]) == 0
-    assert "Kept 1 measured points" in " ".join(capsys.readouterr().out.split())
-    [file] = tmp_path.glob("crossover-*.json")
-    assert json.loads(file.read_text())["machine"]["threads"] == torch.get_num_threads()
-    assert crossover.table_file(torch.get_num_threads()) == file
+    monkeypatch.delenv("MIXHEAD_CROSSOVER")
+    first = next(store.races({"attention": True}, thorough=False))
+    monkeypatch.setattr(store, "races", lambda built, thorough: iter([first]))
+    crossover.forget()
+    try:
+        assert run(["doctor", "--tune"]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        [file] = tmp_path.glob("crossover-*-everything-*.json")
+        kept = json.loads(file.read_text())
+        assert f"Kept {len(kept['points'])} measured points" in said and "measured at length" in said
+        assert kept["machine"]["threads"] == torch.get_num_threads()
+        assert crossover.table("attention", torch.get_num_threads()).origin == "measured at length on this machine"
+    finally:
+        crossover.forget()
 
 
 def test_lists_are_written_with_commas_or_spaces():

@@ -248,7 +248,7 @@ def test_the_kernel_takes_what_auto_gives_it(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "window", "impl", "reason"),
     [
-        ({}, 3, "cpu", "selected heads only"),
+        ({}, 3, "cpu", "ran at 1.50 times the speed of plain PyTorch on all heads"),
         ({"dtype": torch.float64}, 3, "portable", "computes in float32, not in torch.float64; portable PyTorch"),
         ({"dim": 65}, 3, "portable", "wider than the kernel takes"),
         ({}, 9, "portable", "wider than the kernel takes"),

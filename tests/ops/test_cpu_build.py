@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixhead.ops import cpu, head_attention, reference
+from mixhead.errors import MixheadError
+from mixhead.ops import cpu, head_attention
+from mixhead.ops.attention import reference
 from mixhead.ops.cpu import compiling, loading
 from mixhead.routing import Routing
 
@@ -114,8 +116,11 @@ def failing(caplog):
         q, k, v = torch.randn(3, 2, 4, 20, 64)
         selected = torch.rand(2, 20, 4) < 0.5
         gates = torch.rand(2, 20, 4) * selected
-        expected = reference.attend(q, k, v, gates, selected, causal=False, scale=0.125, attn_mask=None)
-        torch.testing.assert_close(head_attention(q, k, v, Routing(gates, selected), impl="cpu"), expected)
+        routing = Routing(gates, selected)
+        expected = reference.attend(q, k, v, routing, causal=False, scale=0.125, attn_mask=None)
+        torch.testing.assert_close(head_attention(q, k, v, routing), expected)
+        with pytest.raises(MixheadError, match=r"impl='cpu' cannot take these arguments: .* is not available"):
+            head_attention(q, k, v, routing, impl="cpu")
     warnings = [r.getMessage() for r in caplog.records if r.name == loading.__name__]
     assert len(warnings) == 1, warnings
     return reason

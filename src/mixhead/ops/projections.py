@@ -9,6 +9,7 @@ select one head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.ops.api import Choice, autocast_together
+from mixhead.ops.autocast import autocast_together
+from mixhead.ops.choice import Choice
 from mixhead.ops.cpu import projections as cpu_projections
+from mixhead.ops.crossover.rulings import What, ruling, share_selected
 
 
 class ToHeads(Protocol):
@@ -65,7 +68,8 @@ def project_to_heads(
         q_BHND, zero where a head is not selected, in the dtype of `hidden_BNC` (under autocast in its dtype).
 
     Raises:
-        MixheadError: where shapes, dtypes or the name of the implementation do not fit.
+        MixheadError: where shapes, dtypes or the name of the implementation do not fit, or where the implementation
+            that was asked for cannot take these arguments here.
     """
     hidden_BNC, weight_HDC, bias_HD = together(hidden_BNC, weight_HDC, bias_HD)
     check_weight(weight_HDC, selected_BNH)
@@ -99,7 +103,8 @@ def project_from_heads(
         [B, N, C] in the dtype of `out_BHND` (under autocast in its dtype); the bias alone where nothing is selected.
 
     Raises:
-        MixheadError: where shapes, dtypes or the name of the implementation do not fit.
+        MixheadError: where shapes, dtypes or the name of the implementation do not fit, or where the implementation
+            that was asked for cannot take these arguments here.
     """
     out_BHND, weight_HDC, bias_C = together(out_BHND, weight_HDC, bias_C)
     check_weight(weight_HDC, selected_BNH)
@@ -118,52 +123,53 @@ def weight_by_head(weight_CX: Tensor, num_heads: int) -> Tensor:
     return weight_CX.unflatten(1, (num_heads, -1)).permute(1, 2, 0)
 
 
-# Measured with `benchmarks/projections.py` on a CPU with AVX-512 (table in benchmarks/results).
-KERNEL_MAX_SHARE = 0.55
-KERNEL_MIN_ROWS = 512
-KERNEL_HEAD_DIMS = (64,)  # one panel of weights; heads of 32 and 72 were no faster than dense, others not timed
-LOOP_MAX_SHARE = 0.3
-LOOP_MIN_HEAD_DIM = 1024
-LOOP_MIN_ROWS_PER_HEAD = 64
+ENGINES = ("cpu", "gathered")  # in the order of preference
 
 
 def explain_projection(rows: Tensor, weight_HDC: Tensor, selected_BNH: Tensor) -> Choice:
     """Which implementation `impl="auto"` takes for a projection of `rows` (to or from heads), and why."""
-    heads, head_dim, _ = weight_HDC.shape
-    num_rows = selected_BNH.shape[0] * selected_BNH.shape[1]
     if rows.device.type != "cpu":
         return Choice("dense", f"counting selected heads would make the {rows.device.type} device wait for the host")
     if torch.compiler.is_compiling():
-        return Choice("dense", "torch.compile needs static shapes, and the dense projection has them")
-    if num_rows < KERNEL_MIN_ROWS:
-        return Choice("dense", f"with {num_rows} tokens (fewer than {KERNEL_MIN_ROWS}) gathering does not pay")
-    share = selected_BNH.count_nonzero().item() / max(selected_BNH.numel(), 1)
-    if head_dim >= LOOP_MIN_HEAD_DIM:
-        if share <= LOOP_MAX_SHARE and share * num_rows >= LOOP_MIN_ROWS_PER_HEAD:
-            return Choice(
-                "gathered", f"{share:.0%} of the heads are selected, and they are wide: a loop skips the rest"
-            )
-        return Choice("dense", f"{share:.0%} of {heads} wide heads are selected: a loop does not pay")
-    if share > KERNEL_MAX_SHARE:
-        return Choice("dense", f"{share:.0%} of the heads are selected, more than {KERNEL_MAX_SHARE:.0%}")
-    if (
-        head_dim in KERNEL_HEAD_DIMS
-        and cpu_projections.pays(dtype_of_products(rows))
-        and cpu_projections.refusal(rows) is None
-    ):
-        return Choice("cpu", f"{share:.0%} of the heads are selected: the C++ kernel skips the rest")
-    return Choice("dense", f"neither a loop nor the C++ kernel pays with heads of {head_dim} in this dtype on this CPU")
+        return Choice("dense", "a compiled graph does not know how many heads are selected")
+    num_rows, width = selected_BNH.shape[0] * selected_BNH.shape[1], weight_HDC.shape[1]
+    if num_rows == 0 or weight_HDC.numel() == 0:
+        return Choice("dense", "there is nothing to compute")
+    what = What(dtype_of_products(rows), torch.is_grad_enabled() and (rows.requires_grad or weight_HDC.requires_grad))
+    reasons, share = [], None
+    for engine in ENGINES:
+        why = refusal(engine, rows)
+        if why is None:
+            limit, why = ruling("projection", engine, what, width, num_rows)
+            if limit > 0.0:
+                share = share_selected(selected_BNH) if share is None else share
+                why = f"{share:.0%} of the heads are selected: {why}"
+                if share <= limit:
+                    return Choice(engine, why)
+        reasons.append(why)
+    return Choice("dense", "; ".join(reasons))
+
+
+def refusal(engine: str, rows: Tensor) -> str | None:
+    """Why that engine cannot take these rows, in a sentence; None where it can. May build the kernel."""
+    return cpu_projections.refusal(rows) if engine == "cpu" else None
 
 
 def pick(impl: str, rows: Tensor, weight_HDC: Tensor, selected_BNH: Tensor) -> str:
     """The name of the implementation that runs."""
     if impl == "auto":
         return explain_projection(rows, weight_HDC, selected_BNH).impl
-    if impl not in PROJECTIONS:
-        raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(PROJECTIONS)}.")
-    if impl == "cpu" and (cpu_projections.refusal(rows) or rows.numel() == 0 or weight_HDC.numel() == 0):
-        return "gathered"
-    return impl
+    return asked_for(impl, PROJECTIONS, rows, weight_HDC)
+
+
+def asked_for(impl: str, known: Mapping[str, object], rows: Tensor, weight: Tensor) -> str:
+    """The name, checked; raises a `MixheadError` where there is no such engine, or where it refuses these rows."""
+    if impl not in known:
+        raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(known)}.")
+    if why := refusal(impl, rows):
+        raise MixheadError(f"impl={impl!r} cannot take these arguments: {why}.")
+    nothing = rows.numel() == 0 or weight.numel() == 0
+    return "reference" if nothing else impl
 
 
 def together(rows: Tensor, weight_HDC: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

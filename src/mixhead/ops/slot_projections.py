@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.ops.api import Choice, autocast_together
+from mixhead.ops.autocast import autocast_together
+from mixhead.ops.choice import Choice
 from mixhead.ops.cpu import projections as cpu_projections
-from mixhead.ops.projections import dtype_of_products
+from mixhead.ops.crossover.rulings import What, ruling
+from mixhead.ops.projections import ENGINES, asked_for, dtype_of_products, refusal
 
 
 class ToSlots(Protocol):
@@ -56,7 +58,8 @@ def project_to_slots(hidden_BNC: Tensor, weight_EDC: Tensor, expert_BNS: Tensor,
         [B, N, S, D], zero in empty slots, in the dtype of `hidden_BNC` (under autocast in its dtype).
 
     Raises:
-        MixheadError: where shapes, dtypes or the name of the implementation do not fit.
+        MixheadError: where shapes, dtypes or the name of the implementation do not fit, or where the implementation
+            that was asked for cannot take these arguments here.
     """
     hidden_BNC, weight_EDC = autocast_together(hidden_BNC, weight_EDC)
     check_experts(weight_EDC, expert_BNS)
@@ -86,7 +89,8 @@ def project_from_slots(
         [B, N, C] in the dtype of `out_BNSD` (under autocast in its dtype), zero where every slot is empty.
 
     Raises:
-        MixheadError: where shapes, dtypes or the name of the implementation do not fit.
+        MixheadError: where shapes, dtypes or the name of the implementation do not fit, or where the implementation
+            that was asked for cannot take these arguments here.
     """
     out_BNSD, weight_EDC = autocast_together(out_BNSD, weight_EDC)
     check_experts(weight_EDC, expert_BNS)
@@ -106,23 +110,30 @@ def explain_slot_projection(rows: Tensor, weight_EDC: Tensor, expert_BNS: Tensor
         return Choice(
             "dense", f"listing the rows of experts would make the {rows.device.type} device wait for the host"
         )
-    compiling = torch.compiler.is_compiling()
-    if (compiling or cpu_projections.pays(dtype_of_products(rows))) and cpu_projections.refusal(rows) is None:
-        return Choice("cpu", f"{slots} of {experts} experts are chosen: the C++ kernel skips the rest")
-    if compiling:
-        return Choice("dense", "torch.compile needs static shapes, and the dense projection has them")
-    return Choice("gathered", f"{slots} of {experts} experts are chosen: a loop over the experts skips the rest")
+    if torch.compiler.is_compiling():
+        if cpu_projections.refusal(rows) is None:
+            return Choice("cpu", f"{slots} of {experts} experts are chosen: the C++ kernel skips the rest")
+        return Choice("dense", "a compiled graph needs static shapes, and the dense projection has them")
+    num_rows, width = expert_BNS.shape[0] * expert_BNS.shape[1], weight_EDC.shape[1]
+    if num_rows == 0 or weight_EDC.numel() == 0:
+        return Choice("dense", "there is nothing to compute")
+    what = What(dtype_of_products(rows), torch.is_grad_enabled() and (rows.requires_grad or weight_EDC.requires_grad))
+    reasons = []
+    for engine in ENGINES:
+        why = refusal(engine, rows)
+        if why is None:
+            limit, why = ruling("slot projection", engine, what, width, num_rows)
+            if slots / experts <= limit:
+                return Choice(engine, f"{slots} of {experts} experts are chosen: {why}")
+        reasons.append(why)
+    return Choice("dense", "; ".join(reasons))
 
 
 def pick(impl: str, rows: Tensor, weight_EDC: Tensor, expert_BNS: Tensor) -> str:
     """The name of the implementation that runs."""
     if impl == "auto":
         return explain_slot_projection(rows, weight_EDC, expert_BNS).impl
-    if impl not in SLOT_PROJECTIONS:
-        raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(SLOT_PROJECTIONS)}.")
-    if impl == "cpu" and (cpu_projections.refusal(rows) or rows.numel() == 0 or weight_EDC.numel() == 0):
-        return "gathered"
-    return impl
+    return asked_for(impl, SLOT_PROJECTIONS, rows, weight_EDC)
 
 
 def check_experts(weight_EDC: Tensor, expert_BNS: Tensor) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
 from mixhead.ops.aggregated import cpu, portable, reference
 from mixhead.ops.aggregated.arguments import AggregatedArguments, RelativeBias
-from mixhead.ops.api import Choice
+from mixhead.ops.choice import Choice
+from mixhead.ops.crossover.rulings import What, ruling, share_of
 from mixhead.routing import Routing
 
 
@@ -77,7 +79,8 @@ def aggregated_attention(
         [B, H, N, D] in the dtype of the values: zero where a head is not selected.
 
     Raises:
-        MixheadError: where shapes or the name of the implementation do not fit.
+        MixheadError: where shapes or the name of the implementation do not fit, or where the implementation that was
+            asked for cannot take these arguments here.
     """
     gates_BNH = None if routing is None else routing.gates_BNH
     selected_BNH = None if routing is None else routing.selected_BNH
@@ -87,24 +90,29 @@ def aggregated_attention(
     )  # fmt: skip
     arguments.check()
     if impl == "auto":
-        impl = explain_aggregated(q_BHND, k_BHTD, arguments.window).impl
-    if impl not in AGGREGATED_IMPLEMENTATIONS:
+        impl = explain_aggregated(q_BHND, k_BHTD, arguments.window, routing).impl
+    elif impl not in AGGREGATED_IMPLEMENTATIONS:
         raise MixheadError(
             f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(AGGREGATED_IMPLEMENTATIONS)}."
         )
-    if impl == "cpu" and cpu.refusal(q_BHND, k_BHTD, arguments.window):
-        impl = "portable"
+    elif impl == "cpu" and (why := cpu.refusal(q_BHND, k_BHTD, arguments.window)):
+        raise MixheadError(f"impl={impl!r} cannot take these arguments: {why}.")
     return AGGREGATED_IMPLEMENTATIONS[impl](arguments)
 
 
-def explain_aggregated(q_BHND: Tensor, k_BHTD: Tensor, window: int) -> Choice:
+def explain_aggregated(q_BHND: Tensor, k_BHTD: Tensor, window: int, routing: Routing | None = None) -> Choice:
     """Which implementation `impl="auto"` takes for these queries and pooled keys, and why.
 
     Args:
         q_BHND: queries of a map.
         k_BHTD: pooled keys.
         window: side of the local window.
+        routing: which heads are selected; None for all of them.
     """
-    if why := cpu.refusal(q_BHND, k_BHTD, window):
-        return Choice("portable", f"{why}; portable PyTorch computes every head, and unfolds nothing either")
-    return Choice("cpu", "the C++ kernel computes selected heads only, and was faster at every share of heads measured")
+    why = cpu.refusal(q_BHND, k_BHTD, window)
+    if why is None:
+        what = What(q_BHND.dtype, torch.is_grad_enabled() and q_BHND.requires_grad)
+        limit, why = ruling("aggregated attention", "cpu", what, q_BHND.shape[3], q_BHND.shape[2])
+        if limit >= 1.0 or (limit > 0.0 and routing is not None and share_of(routing) <= limit):
+            return Choice("cpu", why)
+    return Choice("portable", f"{why}; portable PyTorch computes every head, and unfolds nothing either")

@@ -35,9 +35,6 @@ torch.library.define(
     " -> (Tensor dout, Tensor dweight, Tensor dgates)",
 )
 
-# The instruction sets that the kernel was measured on and was faster than the dense projection.
-LEVELS = ("amx", "avx512_bf16", "avx512")
-
 
 def refusal(rows: Tensor) -> str | None:
     """Why the kernel cannot take these rows, in a sentence; None where it can. May build the kernel."""
@@ -48,14 +45,6 @@ def refusal(rows: Tensor) -> str | None:
     if rows.dtype not in (torch.float32, torch.bfloat16):
         return f"the kernel computes in float32 and bfloat16, not in {rows.dtype}"
     return unusable("projections")
-
-
-def pays(dtype: torch.dtype) -> bool:
-    """Whether the kernel is faster than one dense product where few heads are selected; nothing is built.
-
-    In bfloat16 the stock product keeps the matrix units so busy that bringing rows together costs more than it saves.
-    """
-    return dtype == torch.float32 and best_level() in LEVELS
 
 
 def to_heads(hidden_BNC: Tensor, weight_HDC: Tensor, bias_HD: Tensor | None, choice: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixhead.ops.attention.engine import Engine
 from mixhead.ops.rows import selected_first
 from mixhead.ops.stock import stock_attention
+from mixhead.routing import Routing
 
 
-def refusal(selected_BNH: Tensor, kv_heads: int, heads_per_group: int | None) -> str | None:
+def unpackable(selected_BNH: Tensor, kv_heads: int, heads_per_group: int | None) -> str | None:
     """Why the heads do not pack into slots, in a sentence; None where they do.
 
     A promised `heads_per_group` is believed where counting would break a graph or make a device wait for the host.
@@ -39,24 +41,30 @@ def refusal(selected_BNH: Tensor, kv_heads: int, heads_per_group: int | None) ->
     return None
 
 
+def refusal(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None) -> str | None:
+    """Why the heads of this routing do not pack into slots, in a sentence; None where they do."""
+    kv_heads = k_BKTD.shape[1]
+    return unpackable(routing.selected_BNH, kv_heads, routing.slots(kv_heads))
+
+
 def attend(
     q_BHND: Tensor,
     k_BKTD: Tensor,
     v_BKTD: Tensor,
-    gates_BNH: Tensor,
-    selected_BNH: Tensor,
+    routing: Routing,
     *,
     causal: bool,
     scale: float,
     attn_mask: Tensor | None,
-    heads_per_group: int | None = None,
 ) -> Tensor:
-    """Each selected head's attention times its gate, computed in S = `heads_per_group` slots of every group.
+    """Each selected head's attention times its gate, computed in S slots of every group, as many as were promised.
 
-    Without `heads_per_group` it is counted at the first token, for which a device waits for the host. `refusal` must be
+    Without a promise they are counted at the first token, for which a device waits for the host. `refusal` must be
     None: of a token that selects more heads than there are slots, some would be missing.
     """
+    gates_BNH, selected_BNH = routing.gates_BNH, routing.selected_BNH
     kv_heads = k_BKTD.shape[1]
+    heads_per_group = routing.slots(kv_heads)
     selected_BKNG = by_group(selected_BNH, kv_heads)
     if heads_per_group is None:
         heads_per_group = int(selected_BKNG[0, 0, 0].sum())
@@ -86,3 +94,6 @@ def mask_of_slots(attn_mask: Tensor, head_BKNS: Tensor) -> Tensor:
     mask_BKGNX = attn_mask.expand(batch, -1, num_queries, -1).unflatten(1, (kv_heads, -1))
     index_BKSNX = head_BKNS.transpose(2, 3).unsqueeze(-1).expand(-1, -1, -1, -1, attn_mask.shape[-1])
     return mask_BKGNX.gather(2, index_BKSNX).flatten(1, 2)
+
+
+ENGINE = Engine("slots", attend, refusal)

@@ -10,21 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixhead.ops.attention.engine import Engine
 from mixhead.ops.masks import attended_BHNT
+from mixhead.routing import Routing
 
 
 def attend(
     q_BHND: Tensor,
     k_BKTD: Tensor,
     v_BKTD: Tensor,
-    gates_BNH: Tensor,
-    selected_BNH: Tensor,
+    routing: Routing,
     *,
     causal: bool,
     scale: float,
     attn_mask: Tensor | None,
 ) -> Tensor:
     """Each selected head's attention times its gate, [B, H, N, D]; zero where a head is not selected."""
+    gates_BNH, selected_BNH = routing.gates_BNH, routing.selected_BNH
     selected_BHN1 = selected_BNH.transpose(1, 2).unsqueeze(-1)
     # Rows that nobody reads are cleared, since the gradient of a NaN that is masked later is NaN all the same.
     q_BHND = q_BHND.masked_fill(~selected_BHN1, 0.0)
@@ -44,3 +46,6 @@ def attend(
     out_BHND = weights_BHNT @ v_BHTD
     gates_BHN1 = gates_BNH.transpose(1, 2).unsqueeze(-1)
     return torch.where(selected_BHN1, out_BHND * gates_BHN1, 0.0)
+
+
+ENGINE = Engine("reference", attend)

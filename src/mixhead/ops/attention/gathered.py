@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixhead.ops.attention.engine import Engine
 from mixhead.ops.rows import selected_first
 from mixhead.ops.stock import stock_attention
+from mixhead.routing import Routing
 
 QUERIES_PER_BLOCK = 256
 
@@ -21,14 +23,14 @@ def attend(
     q_BHND: Tensor,
     k_BKTD: Tensor,
     v_BKTD: Tensor,
-    gates_BNH: Tensor,
-    selected_BNH: Tensor,
+    routing: Routing,
     *,
     causal: bool,
     scale: float,
     attn_mask: Tensor | None,
 ) -> Tensor:
     """Each selected head's attention times its gate; heads that are not selected are not computed."""
+    gates_BNH, selected_BNH = routing.gates_BNH, routing.selected_BNH
     selected_BHN = selected_BNH.transpose(1, 2)
     capacity = max(int(selected_BHN.sum(-1).max()), 1)
     position_BHM = selected_first(selected_BHN)[..., :capacity]
@@ -87,3 +89,6 @@ def block_mask(
     if rows_BHXV.dtype == torch.bool:
         return rows_BHXV & causal_BHXV
     return rows_BHXV.masked_fill(~causal_BHXV, -torch.inf)
+
+
+ENGINE = Engine("gathered", attend)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixhead.ops.attention.engine import Engine
 from mixhead.ops.stock import stock_attention
+from mixhead.routing import Routing
 
 
 def attend(
     q_BHND: Tensor,
     k_BKTD: Tensor,
     v_BKTD: Tensor,
-    gates_BNH: Tensor,
-    selected_BNH: Tensor,
+    routing: Routing,
     *,
     causal: bool,
     scale: float,
     attn_mask: Tensor | None,
 ) -> Tensor:
     """`F.scaled_dot_product_attention` of every head, then gated; same result as the reference, no N x T tensor."""
+    gates_BNH, selected_BNH = routing.gates_BNH, routing.selected_BNH
     selected_BHN1 = selected_BNH.transpose(1, 2).unsqueeze(-1)
     tensors = (q_BHND, k_BKTD, v_BKTD, gates_BNH)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -32,3 +34,6 @@ def attend(
         return torch.where(selected_BHN1, out_BHND * gates_BHN1, 0.0)
     # In place: without a gradient two copies less.
     return out_BHND.mul_(gates_BHN1).masked_fill_(~selected_BHN1, 0.0)
+
+
+ENGINE = Engine("dense", attend)

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from mixhead.ops.attention.engine import Engine
 from mixhead.ops.rows import selected_first
+from mixhead.routing import Routing
 
 BLOCK = 128
 
 
-def refusal(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, attn_mask: Tensor | None) -> str | None:
+def refusal(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None) -> str | None:
     """Why FlexAttention cannot take these arguments, in a sentence; None where it can."""
     if q_BHND.device.type not in ("cuda", "cpu"):
         return f"FlexAttention runs on CUDA devices and on the CPU, and the queries are on {q_BHND.device.type}"
@@ -42,14 +44,14 @@ def attend(
     q_BHND: Tensor,
     k_BKTD: Tensor,
     v_BKTD: Tensor,
-    gates_BNH: Tensor,
-    selected_BNH: Tensor,
+    routing: Routing,
     *,
     causal: bool,
     scale: float,
     attn_mask: Tensor | None,
 ) -> Tensor:
     """Each selected head's attention times its gate. `refusal` must be None."""
+    gates_BNH, selected_BNH = routing.gates_BNH, routing.selected_BNH
     if not torch.is_grad_enabled():  # FlexAttention looks at requires_grad alone.
         q_BHND, k_BKTD, v_BKTD = q_BHND.detach(), k_BKTD.detach(), v_BKTD.detach()
     num_keys = k_BKTD.shape[2]
@@ -137,3 +139,6 @@ def allowed(position_BHM: Tensor, offset: int, causal: bool, attn_mask: Tensor |
     if mask_BHNT is None:
         return sees if causal else None
     return both if causal else passes
+
+
+ENGINE = Engine("flex", attend, refusal)
