@@ -93,6 +93,7 @@ def test_figures_for_papers(tmp_path):
     contents = read_contents(text_recording(tmp_path / "run"))
     for name in ("text.png", "text.svg"):
         plot_load_by(contents, "text", tmp_path / name)
+    assert "<!-- head of layer 2 -->" in (tmp_path / "text.svg").read_text()
     plot_loads(contents, tmp_path / "map.png")
     assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "text.svg").read_text()

@@ -18,6 +18,11 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [".".join(of[first : len(of) - last] or of) for of in parts]
 
 
+def short_name(name: str, among: Sequence[str]) -> str:
+    """The short name of one of these layers."""
+    return dict(zip(among, short_names(among), strict=True))[name]
+
+
 def _shared(parts: Sequence[Sequence[str]]) -> int:
     """How many parts all names begin with."""
     count = 0

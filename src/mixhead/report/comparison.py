@@ -36,17 +36,32 @@ def write_comparison(folder: Path, table: Table, samples: dict[str, str], load_L
 
 
 def plot_perplexity(table: Table, file: Path) -> None:
-    """A bar for every row; published recipes can be so far off that the axis is logarithmic."""
+    """A point for every row: bars would have to begin at 0, where perplexities never are.
+
+    The axis is logarithmic where one model is far off, as a published recipe can be.
+    """
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7.5, 0.6 * len(table.rows) + 1.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.5, 0.5 * len(table.rows) + 1.1), layout="constrained")
     names = [f"{row.name}\n{row.heads_active}" for row in table.rows]
     values = [row.perplexity.perplexity for row in table.rows]
-    colours = ["#888888" if row.original else "#2a6f97" for row in table.rows]
-    bars = axes.barh(names, values, color=colours)
-    axes.bar_label(bars, fmt="%.1f", padding=3)
-    axes.set_xscale("log")
-    axes.set_xlim(0.8 * min(values), 1.4 * max(values))
-    axes.invert_yaxis()
+    colours = ["#666666" if row.original else "#2a6f97" for row in table.rows]
+    least, most = min(values), max(values)
+    room = (most / least) ** 0.12
+    if most > 2 * least:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(plt.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        axes.xaxis.set_minor_locator(plt.NullLocator())
+        axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.scatter(values, range(len(values)), c=colours, s=45, zorder=3)
+    for place, value in enumerate(values):
+        label = axes.annotate(f"{value:.2f}", (value, place), xytext=(8, 0), textcoords="offset points", va="center")
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.0})
+    axes.set_xlim(least / room / 1.01, most * room * 1.06)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_yticks(range(len(values)), names)
+    axes.grid(axis="both", color="#dddddd", linewidth=0.8)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel("perplexity on held-out text (lower is better)")
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import PartialState
 
 from mixhead.errors import MixheadError
-from mixhead.recording.names import short_names
+from mixhead.recording.names import short_name, short_names
 from mixhead.report.comparison import pyplot
 from mixhead.report.contents import Contents
 from mixhead.report.html import competing_heads
@@ -70,7 +70,7 @@ def plot_load_by(contents: Contents, label: str, file: Path, layer: str | None =
             label=f"{group.value} ({load.blocks:,})",
         )
     axes.set_xticks(range(len(heads)), [str(head) for head in heads], fontsize=8)
-    axes.set_xlabel(f"head of {layer}")
+    axes.set_xlabel(f"head of layer {short_name(layer, contents.recording.layers)}")
     axes.set_ylabel("share of tokens")
     axes.set_ylim(0, 1)
     title = f"{label} ({next(axis.observations for axis in contents.axes if layer in axis.layers)})"
@@ -148,13 +148,15 @@ def health_plot(log: Path, file: Path) -> bool:
         axes.legend(fontsize=7, loc="best")
     if layers:
         values_LS = np.stack([columns[name] for name in layers])
-        edges = (steps[0], steps[-1] if steps[-1] > steps[0] else steps[0] + 1, len(layers) - 0.5, -0.5)
+        half = (steps[-1] - steps[0]) / max(len(steps) - 1, 1) / 2 or 0.5
+        edges = (steps[0] - half, steps[-1] + half, len(layers) - 0.5, -0.5)
         image = all_axes[-1, 0].imshow(values_LS, aspect="auto", cmap="cividis", vmin=0, vmax=1, extent=edges)
         step = max(1, len(layers) // 8)
         labels = [name.removeprefix("load_entropy_") for name in layers]
         all_axes[-1, 0].set_yticks(range(0, len(layers), step), labels[::step], fontsize=7)
         all_axes[-1, 0].set_ylabel("layer", fontsize=8)
         figure.colorbar(image, ax=all_axes[-1, 0], label="entropy of the loads")
+    all_axes[-1, 0].xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     all_axes[-1, 0].set_xlabel("optimizer step")
     save(figure, file)
     return True

@@ -54,14 +54,15 @@ class Load:
         """The band that holds the true load with 95% confidence, between 0 and 1; NaN where there is only one block.
 
         Wilson's interval for as many independent tokens as would have the same error. Where all tokens or none use a
-        head each block counts as one of them.
+        head it is as many as for the other heads, or one a block where there are none.
         """
+        if self.blocks < 2:
+            return np.full((len(self.share_H), 2), np.nan)
         variance_H = self.share_H * (1 - self.share_H)
         with np.errstate(divide="ignore", invalid="ignore"):
             worth_H = np.minimum(variance_H / self.error_H**2, self.tokens)
-        worth_H = np.where(variance_H == 0, float(self.blocks), worth_H)
-        if self.blocks < 2:
-            return np.full((len(self.share_H), 2), np.nan)
+        known_H = variance_H > 0
+        worth_H[~known_H] = max(np.median(worth_H[known_H]), self.blocks) if known_H.any() else self.blocks
         return share_band(self.share_H, worth_H, self.blocks - 1)
 
 

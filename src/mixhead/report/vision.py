@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mixhead.errors import MixheadError, some
 from mixhead.intervals import MOST_FREEDOM, share_band
+from mixhead.recording.names import short_name
 from mixhead.report.comparison import pyplot
 from mixhead.tasks.image_classification.classify import Classification, HeadMap
 from mixhead.tasks.image_classification.evaluate import ImageEvaluation
@@ -135,7 +136,9 @@ def plot_load(result: ImageEvaluation, file: Path, classes: Sequence[str] = (), 
         axes.set_ylim(0.0, 1.0)
     figure.supxlabel("head")
     figure.supylabel("share of the patches that use it")
-    figure.suptitle(f"Load of the routed heads in {layer} (dotted: mean)", fontsize=11)
+    figure.suptitle(
+        f"Load of the routed heads in layer {short_name(layer, list(result.load))} (dotted: mean)", fontsize=11
+    )
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
@@ -180,7 +183,8 @@ def plot_heads(image: Classification, file: Path, layer: str | None = None) -> N
     for axes, head in zip(others, numbers, strict=False):
         draw_head(axes, picture_YXC, heads.selected_YXH[..., head], head)
     used = heads.selected_YXH.sum(-1).float().mean()
-    figure.suptitle(f"{heads.layer}: {float(used):.3g} of {heads.selected_YXH.shape[-1]} heads a patch", fontsize=10)
+    name = short_name(heads.layer, [of.layer for of in image.maps])
+    figure.suptitle(f"layer {name}: {float(used):.3g} of {heads.selected_YXH.shape[-1]} heads a patch", fontsize=10)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
