@@ -78,7 +78,8 @@ def warn_if_slower() -> None:
 
 def compared(factor: float) -> str:
     """A speed as a comparison of times: "0.3 times as long", "25 times as long"."""
-    return f"{1 / factor:.2g} times as long"
+    times = 1 / factor
+    return f"{times:.0f} times as long" if times >= 10 else f"{times:.2g} times as long"
 
 
 @functools.cache

@@ -137,7 +137,7 @@ def evaluate_tasks(
     directory = Path(directory)
     _require_tasks(directory)
     _require_lm_eval()
-    from lm_eval import simple_evaluate
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
     start = time.perf_counter()
@@ -150,13 +150,9 @@ def evaluate_tasks(
                 batch_size=batch_size,
                 mixed_precision_dtype=autocast,
             )
-        results = simple_evaluate(
-            model=language_model,
-            tasks=[CLOZE, CHOICE],
-            task_manager=TaskManager(include_path=str(directory), include_defaults=False),
-            limit=limit,
-            bootstrap_iters=0,
-        )
+        tasks = TaskManager(include_path=str(directory), include_defaults=False).load([CLOZE, CHOICE])
+        # Not `simple_evaluate`: after every call it asks git, pip and the processor who they are, for seconds.
+        results = lm_eval.evaluate(language_model, tasks, limit=limit, bootstrap_iters=0)
     samples = results["samples"]
     return TaskScores(
         cloze=_accuracy(samples[CLOZE], "acc"),
