@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from mixhead import MixheadError
-from mixhead.inspect.play import Player, serve, tokens_html
+from mixhead.inspect.play import COLOURS, Player, head_colour, serve, tokens_html
 from mixhead.inspect.writing import Written, stream
 
 
@@ -47,6 +47,31 @@ def test_text_is_escaped():
     assert page.count('<span class="t') == 3
 
 
+def colours_of(page):
+    return re.findall(r'<span class="t[^"]*" style="--c:([^;]+);', page)
+
+
+def test_every_token_that_used_a_head_has_a_colour_and_the_legend_says_which():
+    """Also where so many heads are off that all tokens use the same ones, and none of them is rare."""
+    written = Written(["a", "b", "c", "d"], prompt=1, heads={"x": [[0, 1], [0, 2], [0, 1]], "y": [[1, 2]] * 3})
+    page = tokens_html(written, "x", 4)
+    assert colours_of(page) == [COLOURS[1], COLOURS[2], COLOURS[1]]
+    legend = re.findall(r'<i style="background:(#\w+)"></i>([^<]+)<', page)
+    assert legend == [*zip(COLOURS, ["0: 100%", "1: 67%", "2: 33%", "3: unused"], strict=False)]
+    assert "All tokens use the same heads" not in page
+    alike = tokens_html(written, "y", 4)
+    assert colours_of(alike) == [COLOURS[1]] * 3
+    assert "All tokens use the same heads in this layer" in alike
+    assert "mixhead-legend" not in tokens_html(written, None, 0)
+
+
+def test_heads_have_different_colours_however_many_there_are():
+    for heads in (2, 9, 10, 32):
+        colours = [head_colour(head, heads) for head in range(heads)]
+        assert len({*colours}) == heads
+        assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in colours)
+
+
 def test_a_dense_model_is_refused(player):
     with pytest.raises(MixheadError, match="routes in no layer"):
         Player.of(
@@ -82,6 +107,10 @@ def test_a_reader_writes_switches_heads_off_and_changes_their_number(player, bro
         page.locator("#active input[type=number]").fill("3")
         page.locator("#write").click()
         page.locator('#sparse .t[title="heads 1, 2, 3 of 4"]').nth(tokens - 2).wait_for()
+        assert page.locator("#sparse .key").all_inner_texts() == ["0: unused", "1: 100%", "2: 100%", "3: 100%"]
+        painted = "all => all.map(e => getComputedStyle(e).backgroundColor)"
+        assert len({*page.locator('#sparse .t[title]:not([title=""])').evaluate_all(painted)}) == 1
+        assert "rgba(0, 0, 0, 0)" not in page.locator('#sparse .t[title]:not([title=""])').evaluate_all(painted)
         page.locator("#said", has_text=re.compile("the texts part|both wrote")).wait_for()
         assert foreign == []
     finally:

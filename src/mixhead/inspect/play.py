@@ -22,12 +22,15 @@ from mixhead.recording.listen import routers_by_layer
 from mixhead.recording.names import short_names
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f6fc9", "#777777")
+STEPS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
 CSS = """
 .mixhead { line-height: 2.1; overflow-wrap: anywhere; white-space: pre-wrap; min-height: 8rem; font-size: 1rem; }
 .mixhead .t { padding: .1em 0 .35em; border-radius: 3px; background-repeat: no-repeat; background-position: 1px 100%;
   background-size: calc(100% - 2px) 4px;
   background-color: color-mix(in srgb, var(--c, transparent) 28%, transparent); }
 .mixhead .prompt { opacity: .8; }
+.mixhead-legend { display: flex; flex-wrap: wrap; gap: .2rem .8rem; font-size: .85rem; margin-bottom: .4rem; }
+.mixhead-legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
 """
 
 
@@ -93,21 +96,53 @@ def compared(sparse: Written, dense: Written) -> str:
 
 
 def tokens_html(written: Written, layer: str | None, num_heads: int) -> str:
-    """The text as HTML: the colour of the rarest head of that layer that a token used, a strip of all heads beneath."""
+    """The text as HTML: the colour of the rarest head of that layer that a token used, a strip of all heads beneath.
+
+    Of equally rare heads it is the first, so that every token that used a head has a colour.
+    """
     heads = written.heads.get(layer or "", [])
     uses = [sum(head in used for used in heads) for head in range(num_heads)]
     spans = []
     for place, text in enumerate(written.texts):
         style, note = "", ""
         if place < len(heads):
-            telling = [head for head in heads[place] if uses[head] < len(heads)]
-            colour = COLOURS[min(telling, key=lambda h: uses[h]) % len(COLOURS)] if telling else "transparent"
+            rarest = min(heads[place], key=lambda h: uses[h], default=None)
+            colour = "transparent" if rarest is None else head_colour(rarest, num_heads)
             style = f"--c:{colour};background-image:{strip(heads[place], num_heads)}"
             note = f"heads {', '.join(map(str, heads[place])) or 'none'} of {num_heads}"
         kind = "t prompt" if place < written.prompt else "t"
         shown = html.escape(text) if text else "·"
         spans.append(f'<span class="{kind}" style="{style}" title="{note}">{shown}</span>')
-    return f'<div class="mixhead" dir="auto">{"".join(spans)}</div>'
+    return f'{legend_html(uses, heads)}<div class="mixhead" dir="auto">{"".join(spans)}</div>'
+
+
+def legend_html(uses: Sequence[int], heads: Sequence[Sequence[int]]) -> str:
+    """The colour of each head and the share of the tokens that used it; "" where no token used any yet.
+
+    Args:
+        uses: how many tokens used each head.
+        heads: what each token used.
+    """
+    if not heads:
+        return ""
+    keys = [
+        f'<span class="key"><i style="background:{head_colour(head, len(uses))}"></i>{head}: '
+        f"{f'{count / len(heads):.0%}' if count else 'unused'}</span>"
+        for head, count in enumerate(uses)
+    ]
+    alike = len({*map(tuple, heads)}) == 1 and len(heads) > 1
+    note = "All tokens use the same heads in this layer, so the colour is that of the first for all." if alike else ""
+    return f'<div class="mixhead-legend">{"".join(keys)}<span>{note}</span></div>'
+
+
+def head_colour(head: int, num_heads: int) -> str:
+    """One of nine colours that are told apart with any colour vision; of more heads a step of viridis."""
+    if num_heads <= len(COLOURS):
+        return COLOURS[head]
+    place = head / (num_heads - 1) * (len(STEPS) - 1)
+    low = min(int(place), len(STEPS) - 2)
+    parts = [[int(STEPS[step][at : at + 2], 16) for at in (1, 3, 5)] for step in (low, low + 1)]
+    return "#" + "".join(f"{round(a + (b - a) * (place - low)):02x}" for a, b in zip(*parts, strict=True))
 
 
 def strip(used: Sequence[int], num_heads: int) -> str:
@@ -166,7 +201,8 @@ def page(player: Player, title: str) -> Any:
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         off, written = gr.State({}), gr.State(None)
         gr.Markdown(
-            f"# {html.escape(title)}\nA token takes the colour of the rarest head that it used in the chosen layer."
+            f"# {html.escape(title)}\nA token takes the colour of the rarest head that it used in the chosen layer; the "
+            "strip beneath shows all of them. The newest token has used none yet."
         )
         prompt = gr.Textbox("The state of the Union is", label="Prompt", lines=2, elem_id="prompt")
         with gr.Row():
