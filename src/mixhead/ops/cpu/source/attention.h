@@ -159,6 +159,14 @@ class Attention : public Problem<In> {
     return {scratch, D, 1};
   }
 
+  // Asks for keys (or values) t0 ... t0 + count, to be there when the products before theirs are done.
+  static void ask_for(const Left<Op>& rows_, int64_t t0, int64_t count, int64_t D) {
+    constexpr int64_t kLine = 64 / int64_t(sizeof(Op));
+    for (int64_t t = t0; t < t0 + count; ++t) {
+      for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(rows_.data + t * rows_.row + d);
+    }
+  }
+
   // The same, transposed: of `rows_of_run` where operands are read in place, else as packed.
   static Left<Op> columns_of_run(const KeyValue<Op>& kv, const Left<Op>& columns, const Left<Op>& run, int64_t t0) {
     if (L::in_place) return {run.data, 1, run.row};
@@ -322,8 +330,10 @@ class Attention : public Problem<In> {
       if (!set_bias(block, t0, keys, m.bias)) continue;
       const int64_t first = first_vector(block, t0), lane0 = first * kLanes, lanes = block.vectors * kLanes - lane0;
       const Left<Op> keys_run = rows_of_run(kv.k, t0, keys, s.D, m.keys);
+      ask_for(kv.v, t0, keys, s.D);
       score(keys, lanes, keys_run, m.qT + lane0, m.scores + lane0);
       for (int64_t vector = first; vector < block.vectors; ++vector) softmax(block, m, vector, t0, keys);
+      ask_for(kv.k, t0 + keys, std::clamp<int64_t>(block.end - t0 - keys, 0, L::keys_in_run), s.D);
       const Left<Op> values = columns_of_run(kv, kv.vT, rows_of_run(kv.v, t0, keys, s.D, m.values), t0);
       product(s.D, lanes, keys, values, m.scores + lane0, kRows, m.outT + lane0, kRows, true);
     }
