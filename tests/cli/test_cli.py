@@ -80,7 +80,10 @@ def test_evaluate_prints_all_models_and_writes_json(dense, converted, text, tmp_
     table = json.loads(file.read_text())
     assert [row["active_heads"] for row in table["rows"]] == [4, 3]
     assert table["rows"][0]["ratio"] == 1.0
-    assert "3 of 4 (75.0%)" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "3 of 4 (75.0%)" in shown
+    assert "tuning tokens" not in shown  # a folder does not say how long it was tuned
+    assert table["rows"][1]["tuning_tokens"] is None
 
 
 def test_tune_saves_a_model_and_resumes(converted, text, tmp_path):

@@ -131,7 +131,9 @@ def expert_words_verb(
     min_count: Annotated[int, typer.Option(min=1, help="Rarer words are left out.")] = 5,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File for the table.")] = None,
 ) -> None:
-    """Shows how much each attention expert is used, and for which words more often than by chance."""
+    """Shows how much each attention expert is used, and for which words more often than by chance (in each module
+    at most 5% of those listed are).
+    """
     from mixhead.data.sentence_pairs import read_pairs
     from mixhead.inspect.expert_use import expert_use
     from mixhead.report.word_statistics import expert_words, words_table
@@ -140,7 +142,7 @@ def expert_words_verb(
     network, tokenizer = load_translator(model)
     use = expert_use(network, tokenizer, read_pairs(data, "test", languages))
     words = {
-        name: expert_words(module.selected_TE, module.words, top=top, min_count=min_count)
+        name: expert_words(module.selected_TE, module.words, top=top, min_count=min_count, block_T=module.sentence_T)
         for name, module in use.items()
     }
     with _opened(output) as target:

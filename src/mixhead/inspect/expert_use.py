@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,10 +27,12 @@ class ExpertUse:
     Attributes:
         selected_TE: bool, whether the token used the expert.
         words: of every token, the word that it is in.
+        sentence_T: of every token, the number of its sentence: tokens of one are alike.
     """
 
     selected_TE: Tensor
     words: list[str]
+    sentence_T: NDArray[np.int64]
 
     @property
     def load_E(self) -> Tensor:
@@ -58,6 +62,7 @@ def expert_use(
         raise MixheadError("The model has no attention experts: its attention is dense.")
     selected: dict[str, list[Tensor]] = {name: [] for name in names}
     words: dict[str, list[str]] = {name: [] for name in names}
+    lengths: dict[str, list[int]] = {name: [] for name in names}
     for begin in range(0, len(pairs), batch_size):
         batch = pairs[begin : begin + batch_size]
         sources, source_words = with_words(tokenizer, [pair.source for pair in batch])
@@ -70,8 +75,13 @@ def expert_use(
             encoder = name.startswith("encoder")
             mask_BN = (sources if encoder else targets)["attention_mask"].bool()
             selected[name].append(routing.selected_BNH[mask_BN])
-            words[name] += [word for sentence in (source_words if encoder else behind) for word in sentence]
-    return {name: ExpertUse(torch.cat(selected[name]), words[name]) for name in names}
+            sentences = source_words if encoder else behind
+            words[name] += [word for sentence in sentences for word in sentence]
+            lengths[name] += [len(sentence) for sentence in sentences]
+    return {
+        name: ExpertUse(torch.cat(selected[name]), words[name], np.repeat(np.arange(len(pairs)), lengths[name]))
+        for name in names
+    }
 
 
 def with_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[dict[str, Tensor], list[list[str]]]:

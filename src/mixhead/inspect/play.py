@@ -201,8 +201,8 @@ def page(player: Player, title: str) -> Any:
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         off, written = gr.State({}), gr.State(None)
         gr.Markdown(
-            f"# {html.escape(title)}\nA token takes the colour of the rarest head that it used in the chosen layer; the "
-            "strip beneath shows all of them. The newest token has used none yet."
+            f"# {html.escape(title)}\nA token takes the colour of the rarest head that it used in the chosen layer; "
+            "the strip beneath shows all of them. The newest token has used none yet."
         )
         prompt = gr.Textbox("The state of the Union is", label="Prompt", lines=2, elem_id="prompt")
         with gr.Row():

@@ -198,7 +198,8 @@ def test_experts_are_told_which_words_they_serve(trained: Path) -> None:
     ]
     encoder, decoder = use["encoder.layers.0.self_attention"], use["decoder.layers.0.cross_attention"]
     assert list(dict.fromkeys(encoder.words)) == ["one", "two", "</s>", "three"] and decoder.words[0] == "<s>"
-    assert encoder.selected_TE.shape[0] == len(encoder.words)
+    assert encoder.selected_TE.shape[0] == len(encoder.words) == len(encoder.sentence_T)
+    assert encoder.words[int((encoder.sentence_T == 1).argmax())] == "three"
     assert torch.all(encoder.selected_TE.sum(1) == 2)
 
 
