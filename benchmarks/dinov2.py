@@ -32,7 +32,7 @@ from mixhead.interop.dinov2 import VIT_S14, dinov2_small
 from mixhead.models.moh_vit import MoHTransNeXtConfig, image_processor
 from mixhead.ops.crossover import cpu_model
 from mixhead.tasks.image_classification.evaluate import batches, evaluate_images, load_classifier
-from mixhead.tasks.image_classification.train import train
+from mixhead.tasks.registry import train_recipe
 from mixhead.training.recipes import Recipe
 
 SIDE, PROBED, CALIBRATED, TUNED, TESTED = 98, 3_000, 768, 3_000, 4_000
@@ -43,7 +43,7 @@ TUNING = {
     "batch_size": 32,
     "learning_rate": 2e-5,
     "final_learning_rate": 2e-6,
-    "warmup_epochs": 0.005,
+    "warmup": 0.1,
     "weight_decay": 0.01,
     "repeated_augmentation": 1,
     "crop_share": 1.0,
@@ -67,7 +67,7 @@ DISTILLING = {
     "batch_size": 8,
     "learning_rate": 3e-5,
     "final_learning_rate": 1.5e-6,
-    "warmup_epochs": 0.003,
+    "warmup": 0.06,
     "weight_decay": 0.0,
 }
 BF16 = torch.bfloat16
@@ -173,7 +173,7 @@ def tuned(arm: str, run: Path) -> dict[str, float]:
 
 def trained(values: dict, folder: Path, name: str) -> tuple[float, float]:
     """Top-1 after a training, with the head that it leaves and with one that is fitted anew."""
-    done = train(Recipe("dinov2", "image_classification", values), folder / f"{name}-run", resume=True)
+    done = train_recipe(Recipe("dinov2", "image_classification", values), folder / f"{name}-run", resume=True)
     model, _, _ = load_classifier(done.folder)
     fit_head(model)
     save(model, folder / name)

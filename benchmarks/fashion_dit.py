@@ -107,7 +107,7 @@ def measure(
 ) -> None:
     """Trains one arm, draws its images, compares them, writes result.json and grid.png."""
     began, resumed = time.process_time(), folder.exists()
-    recipe = read_recipe(RECIPE, [*ARMS[arm], f"training.seed={seed}", *arguments.overrides])
+    recipe = read_recipe(RECIPE, [*ARMS[arm], f"seed={seed}", *arguments.overrides])
     trained = train_recipe(recipe, folder, resume=True)
     minutes = None if resumed else (time.process_time() - began) / 60
     pipeline = load_pipeline(trained.folder)

@@ -22,7 +22,7 @@ import transformers
 
 from mixhead import __version__
 from mixhead.ops.crossover import cpu_model
-from mixhead.tasks.image_classification.train import train
+from mixhead.tasks.registry import train_recipe
 from mixhead.training.recipes import read_recipe
 
 ARMS = {
@@ -46,7 +46,7 @@ def run_arm(arm: str, seed: int, runs: Path) -> None:
             return
         if not result.is_file():
             recipe = read_recipe(arm, [f"seed={seed}"])
-            done = train(recipe, runs / f"{arm}-{seed}", resume=True)
+            done = train_recipe(recipe, runs / f"{arm}-{seed}", resume=True)
             log = (done.folder.parent / "log.csv").read_text().splitlines()
             last = dict(zip(log[0].split(","), log[-1].split(","), strict=True))
             health = {

@@ -27,10 +27,10 @@ import mixhead
 from mixhead.data.text import text_source, token_windows
 from mixhead.interop.smollm2 import smollm2_folder
 from mixhead.ops.crossover import cpu_model
-from mixhead.tasks.language_modelling.comparison_table import Row, Table
+from mixhead.tasks.language_modelling.comparison_table import Comparison, Row
 from mixhead.tasks.language_modelling.evaluate import Accuracy, Perplexity, heads_of, perplexity
 from mixhead.tasks.language_modelling.lm_eval_tasks import evaluate_tasks, write_tasks
-from mixhead.tasks.language_modelling.tune import TuneConfig, tune
+from mixhead.tasks.language_modelling.train import TuneConfig, tune
 
 WINDOW = 512
 TEST_WINDOWS = 48
@@ -179,7 +179,7 @@ def keep(path: Path, value: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def make_table(arguments: argparse.Namespace) -> Table:
+def make_table(arguments: argparse.Namespace) -> Comparison:
     """All arms that have results, untuned ones first."""
     rows = []
     for when in ("before", f"after-{arguments.tokens}"):
@@ -200,7 +200,7 @@ def make_table(arguments: argparse.Namespace) -> Table:
         f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"{torch.get_num_threads()} threads, {cpu_model()}.",
     )
-    return Table("SmolLM2-135M as mixture-of-head", tuple(rows), notes)
+    return Comparison("SmolLM2-135M as mixture-of-head", tuple(rows), notes)
 
 
 def results_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:

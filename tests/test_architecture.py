@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,24 @@ STRANGERS = {
 HEAVY = ("torch", "torch._dynamo", "transformers", "transformers.modeling_utils", "numpy", "safetensors", "pydantic")
 OPTIONAL = ("triton", "lm_eval", "matplotlib", "peft", "datasets", "diffusers")
 
-MAX_LINES = 600
+MAX_LINES = 600  # of any Python file, tests and benchmarks too
+MAX_LINES_OF_SOURCE, MAX_LINES_OF_A_FUNCTION = 400, 60
+# What is longer still. This list only gets shorter.
+LONGER_FILES = {"convert/calibration.py"}
+LONGER_FUNCTIONS = {
+    "cli/convert.py: convert",  # one parameter an option, as typer has it
+    "cli/tune.py: tune",
+    "inspect/play.py: page",
+    "interop/published_llama.py: load_moh_llama",
+    "models/hugging_face/attention.py: moh_attention_forward",
+    "models/moa/transformer.py: forward",
+    "nn/moa.py: forward",
+    "ops/aggregated/api.py: aggregated_attention",
+    "ops/triton/kernels.py: forward",
+    "ops/triton/kernels.py: key_gradient",
+}
+# Loose files in `tasks`: every task may use them, and `registry` knows every task.
+SHARED_BY_TASKS = {"moa_training"}
 
 
 class Import(NamedTuple):
@@ -118,6 +136,14 @@ def refusal(home: str, wanted: str) -> str | None:
     return None
 
 
+def between_tasks(home: str, wanted: str) -> str | None:
+    """Say why a file of the task `home` may not import `wanted` (a dotted name), or None if it may."""
+    parts = wanted.split(".")
+    if parts[:2] != ["mixhead", "tasks"] or len(parts) < 3 or home == "registry":
+        return None
+    return None if parts[2] in {home, *SHARED_BY_TASKS} else f"the task {home} knows no other"
+
+
 def all_imports() -> list[tuple[str, Import]]:
     """Every import of the package, with the room of the file that makes it."""
     found = []
@@ -154,6 +180,34 @@ def test_imports_point_downwards():
     assert not broken, "\n" + "\n".join(broken)
 
 
+def test_no_task_knows_another():
+    broken = []
+    for file in sorted((PACKAGE / "tasks").rglob("*.py")):
+        inside = file.relative_to(PACKAGE / "tasks").parts
+        home, package = inside[0].removesuffix(".py"), ".".join(["mixhead", "tasks", *inside[:-1]])
+        for i in imports_of(file.read_text(encoding="utf-8"), file, package):
+            if why := between_tasks(home, i.name):
+                broken.append(f"{i.file.relative_to(ROOT)}:{i.line} imports {i.name}: {why}")
+    assert not broken, "\n" + "\n".join(broken)
+
+
+def test_no_circle_of_files():
+    """No file of `training`, `data` or `tasks` needs, over however many others, itself."""
+    files = {
+        ".".join(["mixhead", *f.relative_to(PACKAGE).with_suffix("").parts]): f
+        for room in ("training", "data", "tasks")
+        for f in (PACKAGE / room).rglob("*.py")
+        if f.stem != "__init__"
+    }
+    needs = {name: set() for name in files}
+    for name, file in files.items():
+        for i in imports_of(file.read_text(encoding="utf-8"), file, name.rpartition(".")[0]):
+            needs[name] |= {i.name, i.name.rpartition(".")[0]} & files.keys() - {name}
+    while leaves := [name for name, needed in needs.items() if not needed]:
+        needs = {name: needed - set(leaves) for name, needed in needs.items() if name not in leaves}
+    assert not needs, f"a circle of imports runs through {sorted(needs)}"
+
+
 def test_implementations_know_no_other():
     """An engine of attention is a file with a function `attend`; only `engines` and `choose` see more than one."""
     folder = PACKAGE / "ops" / "attention"
@@ -187,6 +241,24 @@ def test_no_file_is_too_long():
         if f.suffix == ".py" and (n := len(f.read_text(encoding="utf-8").splitlines())) > MAX_LINES
     }
     assert not too_long, f"more than {MAX_LINES} lines: {too_long}. Two ideas may be in one file."
+
+
+def test_files_and_functions_of_the_source_are_short():
+    files, functions = set(), set()
+    for file in PACKAGE.rglob("*.py"):
+        text, place = file.read_text(encoding="utf-8"), str(file.relative_to(PACKAGE))
+        if len(text.splitlines()) > MAX_LINES_OF_SOURCE:
+            files.add(place)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MAX_LINES_OF_A_FUNCTION:
+                functions.add(f"{place}: {node.name}")
+    assert files <= LONGER_FILES, f"more than {MAX_LINES_OF_SOURCE} lines: {sorted(files - LONGER_FILES)}"
+    assert functions <= LONGER_FUNCTIONS, (
+        f"more than {MAX_LINES_OF_A_FUNCTION} lines: {sorted(functions - LONGER_FUNCTIONS)}"
+    )
+    gone = sorted((LONGER_FILES - files) | (LONGER_FUNCTIONS - functions))
+    if gone:
+        warnings.warn(f"Short enough now, so off the list: {gone}", stacklevel=1)
 
 
 def test_import_is_quiet_and_light():
@@ -281,6 +353,22 @@ def test_imports_are_found_wherever_they_hide():
 )
 def test_the_rule_itself(home, wanted, allowed):
     assert (refusal(home, wanted) is None) is allowed
+
+
+@pytest.mark.parametrize(
+    ("home", "wanted", "allowed"),
+    [
+        ("translation", "mixhead.tasks.masked_lm.train", False),
+        ("translation", "mixhead.tasks.registry", False),
+        ("translation", "mixhead.tasks.moa_training", True),
+        ("translation", "mixhead.tasks.translation.scores", True),
+        ("moa_training", "mixhead.tasks.translation.train", False),
+        ("registry", "mixhead.tasks.translation.train", True),
+        ("translation", "mixhead.training.run", True),
+    ],
+)
+def test_the_rule_between_tasks_itself(home, wanted, allowed):
+    assert (between_tasks(home, wanted) is None) is allowed
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,6 @@
 """bfloat16 is taken where this machine multiplies it faster, which is measured, logged once, and settled for a run."""
 
-import json
 import logging
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +9,9 @@ import yaml
 from mixhead import MixheadError, precision
 from mixhead.precision import autocast_dtype
 from mixhead.tasks.image_classification.config import ImageTrainConfig
-from mixhead.tasks.image_classification.trainer import ImageTrainer
-from mixhead.tasks.image_generation.small_classifier import ClassifierTrainer
-from mixhead.tasks.image_generation.trainer import DiffusionTrainer
 from mixhead.tasks.language_modelling.config import TuneConfig
-from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer
+from mixhead.tasks.moa_training import MoATrainConfig
 from mixhead.training.recipes import shipped_recipes
-from mixhead.training.run import open_run
 
 
 @pytest.fixture
@@ -93,75 +85,12 @@ def test_unknown_names_are_refused():
 
 
 def test_every_default_that_may_be_bfloat16_follows_the_machine():
-    assert TuneConfig().bf16 == "auto"
-    assert ImageTrainConfig(model={}, data="").bf16 == "auto"
-    assert MoATrainConfig(model={}, vocabulary=1, steps=1).bf16 == "auto"
+    assert TuneConfig().precision == "auto"
+    assert ImageTrainConfig(model={}, data="").precision == "auto"
+    assert MoATrainConfig(model={}, vocabulary=1, steps=1).precision == "auto"
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_no_recipe_insists_on_bfloat16(name):
     values = yaml.safe_load(shipped_recipes()[name].read_text(encoding="utf-8"))
-    assert values.get("bf16", "auto") in ("auto", False)
-    assert values.get("training", {}).get("bf16", False) in ("auto", False)
-
-
-# Runs
-
-
-@dataclass
-class AnyTrainer:
-    """As much of a trainer as opening a run takes."""
-
-    run_folder: Path
-    bf16: bool | str
-    former_bf16: bool = True
-    bf16_autocast: bool | None = None
-
-    accelerator = SimpleNamespace(num_processes=1, is_main_process=True, wait_for_everyone=lambda: None)
-
-
-def opened(run: Path, bf16: bool | str, passport: dict, resume: bool = True, former: bool = True) -> bool | None:
-    """What a trainer computes in after its run was opened."""
-    trainer = AnyTrainer(run, bf16, former)
-    open_run(trainer, "recipe.json", passport, resume)
-    return trainer.bf16_autocast
-
-
-@pytest.mark.parametrize("factor", [4.0, 0.04])
-def test_a_run_keeps_what_it_began_with_on_another_machine(machine, tmp_path, factor):
-    machine(factor)
-    began = opened(tmp_path, "auto", {"bf16": "auto"})
-    assert began is (factor > 1.0)
-    assert json.loads((tmp_path / "recipe.json").read_text())["bf16"] is began
-    machine(1 / factor)
-    assert opened(tmp_path, "auto", {"bf16": "auto"}) is began
-    assert opened(tmp_path, began, {"bf16": began}) is began
-    with pytest.raises(MixheadError, match=f"bf16 was {began} and is {not began}"):
-        opened(tmp_path, not began, {"bf16": not began})
-
-
-@pytest.mark.parametrize("began", [True, False])
-@pytest.mark.parametrize(
-    ("place", "former"), [(None, None), ("config", None), ("training", None), ("untold", True), ("untold", False)]
-)
-def test_runs_of_earlier_versions_go_on_as_they_began(machine, tmp_path, began, place, former):
-    """They said it among their settings, or left it to a default of then."""
-    if place == "untold":
-        began = former
-    passport = {None: {"bf16": began}, "untold": {"steps": 1}}.get(place, {place: {"bf16": began}})
-    (tmp_path / "recipe.json").write_text(json.dumps({**passport, "processes": 1}))
-    now = {None: {"bf16": "auto"}, "untold": {"steps": 1}}.get(place, {place: {"bf16": "auto"}})
-    machine(0.04 if began else 4.0)
-    assert opened(tmp_path, "auto", now, former=began) is began
-
-
-def test_the_defaults_of_then():
-    assert ImageTrainer.former_bf16 and MoATrainer.former_bf16
-    assert not DiffusionTrainer.former_bf16 and not ClassifierTrainer.former_bf16
-
-
-def test_a_manifest_that_cannot_be_read_is_refused(machine, tmp_path):
-    (tmp_path / "recipe.json").write_text("{")
-    machine(4.0)
-    with pytest.raises(MixheadError, match="cannot be read"):
-        opened(tmp_path, "auto", {})
+    assert values.get("precision", "auto") in ("auto", "float32")

@@ -15,7 +15,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 
-def some(names: list[str], limit: int = 6) -> str:
+def listed(names: list[str], limit: int = 6) -> str:
     """A list of names that stays readable."""
     if not names:
         return "none"

@@ -56,7 +56,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def settle(manifest: Path, asked: Mapping[str, Any]) -> list[str]:
+def changes_since_begun(manifest: Path, asked: Mapping[str, Any]) -> list[str]:
     """Writes what was asked for into a folder, or says what differs from what was asked for there before.
 
     Args:

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from mixhead.errors import MixheadError, first_line, some
+from mixhead.errors import MixheadError, first_line, listed
 from mixhead.interop.safe_load import read_start
 from mixhead.models.hugging_face import MoHModelMixin, moh_model_class
 from mixhead.models.moh_vit import MoHTransNeXtForImageClassification, MoHTransNeXtModel
@@ -166,7 +166,7 @@ def load_causal_lm(path: PathLike, *, dtype: Any = "auto") -> tuple[PreTrainedMo
 def load_tokenizer(path: PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder."""
     folder = check_folder(path)
-    return attempt(
+    return or_refuse(
         lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
         f"{folder} has no tokenizer that can be read",
     )
@@ -193,7 +193,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise MixheadError(f"{file} is truncated or corrupt ({first_line(error)}).") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise MixheadError(f"{file} does not say which model it describes (model_type).")
-    return attempt(
+    return or_refuse(
         lambda: AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
         f"{file} describes no model that can be loaded",
     )
@@ -214,7 +214,7 @@ def model_class_of(folder: Path, config: PreTrainedConfig) -> type[PreTrainedMod
 def load_as(model_class: Any, folder: Path, config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:
     """Loads the weights and checks that none is missing and, in a converted model, none left over."""
     check_weight_files(folder)
-    model, info = attempt(
+    model, info = or_refuse(
         lambda: model_class.from_pretrained(
             folder,
             config=config,
@@ -229,7 +229,8 @@ def load_as(model_class: Any, folder: Path, config: PreTrainedConfig, dtype: Any
     unexpected = sorted(info["unexpected_keys"]) if isinstance(model, MoHModelMixin) else []
     if missing or unexpected:
         raise MixheadError(
-            f"The weights in {folder} do not fit its {CONFIG}: missing {some(missing)}, unexpected {some(unexpected)}."
+            f"The weights in {folder} do not fit its {CONFIG}: missing {listed(missing)}, unexpected "
+            f"{listed(unexpected)}."
         )
     return model
 
@@ -250,10 +251,10 @@ def check_weight_files(folder: Path) -> None:
             raise MixheadError(f"{index} is truncated or corrupt ({first_line(error)}).") from error
         absent = sorted(name for name in named if not (folder / str(name)).is_file())
         if absent:
-            raise MixheadError(f"{folder} is incomplete: {index.name} names {some(absent)}, which is not there.")
+            raise MixheadError(f"{folder} is incomplete: {index.name} names {listed(absent)}, which is not there.")
 
 
-def attempt(call: Callable[[], Any], sentence: str) -> Any:
+def or_refuse(call: Callable[[], Any], sentence: str) -> Any:
     """What the call returns; whatever it raises becomes the end of the sentence."""
     try:
         return call()

@@ -94,6 +94,13 @@ def test_tune_saves_a_model_and_resumes(converted, text, tmp_path):
     log = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert len(log) == 1 + 4
     [model] = {file.parent for file in (tmp_path / "run").rglob("config.json") if "checkpoint" not in str(file)}
+    # The other door to the same training.
+    assert run(["train", str(tmp_path / "run" / "recipe.yaml"), "--run", str(tmp_path / "again")]) == 0
+    columns = [
+        [row.split(",")[2] for row in (tmp_path / name / "log.csv").read_text().splitlines()]
+        for name in ("run", "again")
+    ]
+    assert columns[0] == columns[1] and columns[0][0] == "loss"
     assert isinstance(AutoModelForCausalLM.from_pretrained(model), MoHModelMixin)
 
 
@@ -104,8 +111,8 @@ def test_tune_says_in_what_it_computes_and_keeps_to_it(converted, text, tmp_path
     arguments += ["--batch-size", "2", "--tokens", "64"]
     assert run(arguments) == 0
     assert "Computing in float32: products of matrices take 25 times as long" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run" / "tune.json").read_text())["bf16"] is False
-    assert_refused([*arguments, "--resume", "--bf16"], capsys, "bf16 was False and is True")
+    assert "precision: float32" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert_refused([*arguments, "--resume", "--bf16"], capsys, "precision was 'float32' and is 'bfloat16'")
     precision.faster_in_bfloat16.cache_clear()
 
 

@@ -30,7 +30,7 @@ def evaluate(
     from mixhead import store
     from mixhead.data.text import text_source
     from mixhead.precision import autocast_dtype
-    from mixhead.tasks.language_modelling.comparison_table import Row, Table
+    from mixhead.tasks.language_modelling.comparison_table import Comparison, Row
     from mixhead.tasks.language_modelling.evaluate import heads_of, perplexity
     from mixhead.tasks.language_modelling.lm_eval_tasks import evaluate_tasks, write_tasks
 
@@ -54,7 +54,7 @@ def evaluate(
         seconds = time.perf_counter() - start
         rows.append(Row(name, active, heads, None, measured, cloze, choice, seconds, original=not rows))
     note = f"{text}, {rows[0].perplexity.tokens:,} predicted tokens in windows of {window}, {autocast or 'own dtype'}"
-    table = Table("Perplexity on held-out text", tuple(rows), (note,))
+    table = Comparison("Perplexity on held-out text", tuple(rows), (note,))
     console.print(table.to_rich())
     if json_file is not None:
         json_file.write_text(table.to_json(), encoding="utf-8")

@@ -39,8 +39,7 @@ def evaluate_samples(
     """
     from mixhead.data.noised_images import generation_images, image_tensors
     from mixhead.tasks.image_generation.drawing import image_batches
-    from mixhead.tasks.image_generation.features import feature_extractor
-    from mixhead.tasks.image_generation.metrics import compare, statistics
+    from mixhead.tasks.image_generation.metrics import compare, feature_extractor, statistics
 
     extractor = feature_extractor(features)
     drawn = statistics(extractor, image_batches(samples))

@@ -24,10 +24,10 @@ def train(
     from mixhead.report.plots import plot_health
     from mixhead.tasks.registry import train_recipe
     from mixhead.training.recipes import read_recipe
-    from mixhead.training.run import LOG
+    from mixhead.training.run import LOG, run_folder
 
     read = read_recipe(recipe, overrides or ())
-    folder = Path("runs") / read.name if run is None else run
+    folder = run_folder(recipe, resume) if run is None else run
     result = train_recipe(read, folder, resume=resume)
     if os.environ.get("RANK", "0") != "0":
         return  # one of several processes that torchrun started: the first one reports

@@ -11,7 +11,7 @@ import numpy as np
 
 from mixhead.data.fetch import data_folder
 from mixhead.data.image_files import image_files, read_image
-from mixhead.errors import MixheadError, some
+from mixhead.errors import MixheadError, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -162,7 +162,7 @@ def renumbered(images: LabelledImages, classes: tuple[str, ...]) -> LabelledImag
         return images
     unknown = sorted(used_classes(images) - set(classes))
     if unknown:
-        raise MixheadError(f"The {quoted(unknown)} unknown to the model, which knows {some(list(classes), 5)}.")
+        raise MixheadError(f"The {quoted(unknown)} unknown to the model, which knows {listed(list(classes), 5)}.")
     places = np.array([classes.index(name) if name in classes else -1 for name in images.classes])
     return View(classes, places[images.labels], images, np.arange(len(images.labels)))
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mixhead.data.noised_images import PixelInputs, to_signed
 from mixhead.errors import MixheadError
-from mixhead.files import settle, write_folder
+from mixhead.files import changes_since_begun, write_folder
 
 SHARD = 4096  # images
 BATCH = 8
@@ -130,7 +130,7 @@ def cache_latents(
         "vae": {name: vae.config[name] for name in ("latent_channels", "scaling_factor", "block_out_channels")},
     }
     state = processes()
-    if state.is_main_process and settle(folder / MANIFEST, asked):
+    if state.is_main_process and changes_since_begun(folder / MANIFEST, asked):
         raise MixheadError(
             f"The latents in {folder} belong to other images or another VAE: give another folder, or delete it."
         )

@@ -6,6 +6,7 @@ Shape legend: B sentences of a batch, T source tokens, N target tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -53,10 +54,15 @@ class RunBatches(Dataset[dict[str, Tensor]]):
     """The batches of a whole run, in order: item i is the i-th, whatever happened before.
 
     Attributes:
-        count: how many the run reads; whoever knows it sets it.
+        count: how many the run reads.
     """
 
     count = 0
+
+    def of_length(self, count: int) -> Self:
+        """These batches, of which the run reads so many."""
+        self.count = count
+        return self
 
     def __len__(self) -> int:
         return self.count

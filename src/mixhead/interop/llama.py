@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mixhead.errors import MixheadError, first_line, some
+from mixhead.errors import MixheadError, first_line, listed
 from mixhead.models.hugging_face import moh_config_class, moh_model_class, register_models
 from mixhead.routing import BinaryRouter, LayerHeads
 
@@ -162,7 +162,7 @@ class LlamaFilling:
         missing, unexpected = sorted(self.shapes.keys() - given), sorted(given - allowed)
         if missing or unexpected:
             raise MixheadError(
-                f"{source} does not fit the configuration: missing {some(missing)}, unexpected {some(unexpected)}."
+                f"{source} does not fit the configuration: missing {listed(missing)}, unexpected {listed(unexpected)}."
             )
 
     def put(self, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:

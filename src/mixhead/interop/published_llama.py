@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from mixhead.errors import MixheadError, first_line, some
+from mixhead.errors import MixheadError, first_line, listed
 from mixhead.interop.llama import BUFFER, LlamaFilling
 from mixhead.interop.safe_load import load_pickle_weights
 
@@ -99,10 +99,10 @@ def load_moh_llama(
             filling = LlamaFilling(config, names, file)
         absent = sorted(set(names) - weights.keys())
         if absent:
-            raise MixheadError(f"{root / file} lacks weights that the index looks for there: {some(absent)}.")
+            raise MixheadError(f"{root / file} lacks weights that the index looks for there: {listed(absent)}.")
         unexpected = sorted(name for name in weights.keys() - {*names} - indexed if not BUFFER.search(name))
         if unexpected:
-            raise MixheadError(f"{root / file} holds weights that the index does not name: {some(unexpected)}.")
+            raise MixheadError(f"{root / file} holds weights that the index does not name: {listed(unexpected)}.")
         for name in names:
             wanted_dtype = wanted_dtype or parse_dtype(weights[name].dtype)
             filling.put(name, weights[name], wanted_dtype, device)
@@ -133,7 +133,7 @@ def plan_shards(root: Path) -> Plan:
             missing = sorted(file for file in plan if not (root / file).is_file())
             if not missing:
                 return plan
-            incomplete = incomplete or f"{len(missing)} of the {len(plan)} files that {index} names: {some(missing)}"
+            incomplete = incomplete or f"{len(missing)} of the {len(plan)} files that {index} names: {listed(missing)}"
     for single in SINGLE_FILES:
         if (root / single).exists():
             return {single: None}

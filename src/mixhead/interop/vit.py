@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixhead.errors import MixheadError, some
+from mixhead.errors import MixheadError, listed
 from mixhead.interop.safe_load import PUBLISHED_CLASSES, WRAPPERS, load_pickle, named_tensors
 from mixhead.models.moh_vit import PUBLISHED, MoHTransNeXtConfig, MoHTransNeXtForImageClassification
 
@@ -120,8 +120,8 @@ def filled(config: MoHTransNeXtConfig, state_dict: Mapping[str, Tensor]) -> MoHT
     missing, unexpected = sorted(shapes.keys() - renamed.keys()), sorted(renamed.keys() - shapes.keys())
     if missing or unexpected:
         raise MixheadError(
-            f"The weights do not fit the configuration: missing {some(missing)}, unexpected "
-            f"{some([renamed[name][0] for name in unexpected])}."
+            f"The weights do not fit the configuration: missing {listed(missing)}, unexpected "
+            f"{listed([renamed[name][0] for name in unexpected])}."
         )
     dtypes = {tensor.dtype for _, tensor in renamed.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

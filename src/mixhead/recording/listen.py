@@ -210,7 +210,7 @@ def record_routing(model: nn.Module, path: str | Path | None = None) -> Iterator
     writer = RecordingWriter(None if path is None else checked_path(path).parent)
     log = RoutingLog(writer)
     try:
-        with heard(model, log.record), labelled_calls(model, log):
+        with router_hooks(model, log.record), labelled_calls(model, log):
             yield log
         if path is not None:
             log.save(path)
@@ -223,21 +223,21 @@ def record_routing(model: nn.Module, path: str | Path | None = None) -> Iterator
 def keep_routing(model: nn.Module) -> Iterator[ExactLog]:
     """`record_routing` for computing with the routings of a few calls: exact, as tensors, and all of it in memory."""
     log = ExactLog()
-    with heard(model, log.record):
+    with router_hooks(model, log.record):
         yield log
 
 
 @contextmanager
-def heard(model: nn.Module, record: Callable[[str, Routing], None]) -> Iterator[None]:
+def router_hooks(model: nn.Module, record: Callable[[str, Routing], None]) -> Iterator[None]:
     """Calls `record` with every routing of the model's routers, and the name of the layer."""
 
     def listen(name: str) -> Any:
-        def hear(_module: nn.Module, _args: Any, routing: Routing) -> None:
+        def keep(_module: nn.Module, _args: Any, routing: Routing) -> None:
             # Gradient checkpointing computes a layer once more during backward, which is no further use.
             if torch._C._current_graph_task_id() == -1:
                 record(name, routing)
 
-        return hear
+        return keep
 
     with ExitStack() as stack:
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):

@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.tasks.language_modelling.comparison_table import Table
+from mixhead.tasks.language_modelling.comparison_table import Comparison
 
 
-def write_comparison(folder: Path, table: Table, samples: dict[str, str], load_LH: Tensor, seconds: float) -> Path:
+def write_comparison(folder: Path, table: Comparison, samples: dict[str, str], load_LH: Tensor, seconds: float) -> Path:
     """Writes report.md, perplexity.png, heads.png and table.json into `folder` and returns the page.
 
     Args:
@@ -35,7 +35,7 @@ def write_comparison(folder: Path, table: Table, samples: dict[str, str], load_L
     return report
 
 
-def plot_perplexity(table: Table, file: Path) -> None:
+def plot_perplexity(table: Comparison, file: Path) -> None:
     """A point for every row: bars would have to begin at 0, where perplexities never are.
 
     The axis is logarithmic where one model is far off, as a published recipe can be.

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from mixhead.errors import MixheadError, some
+from mixhead.errors import MixheadError, listed
 from mixhead.intervals import MOST_FREEDOM, share_band
 from mixhead.recording.names import short_name
 from mixhead.report.comparison import pyplot
@@ -39,7 +39,7 @@ def accuracy_table(result: ImageEvaluation, name: str) -> Table:
         "images per second, model alone": f"{result.images / result.model_seconds:,.0f}",
     }
     if result.unreadable:
-        rows["left out, unreadable"] = f"{len(result.unreadable)}: {some(list(result.unreadable), 3)}"
+        rows["left out, unreadable"] = f"{len(result.unreadable)}: {listed(list(result.unreadable), 3)}"
     for row in rows.items():
         table.add_row(*row)
     return table

@@ -1,88 +1,69 @@
-"""What the trainings of MoA models share: their loss in the log, Adam, the inverse-square-root schedule, averaging."""
+"""What the trainings of MoA models share: their settings, their loss in the log, the mean of the last checkpoints."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-import torch
+from annotated_types import Ge
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import PreTrainedTokenizerBase
 
 from mixhead.data.token_batches import RunBatches
 from mixhead.errors import MixheadError
-from mixhead.files import write_folder
 from mixhead.models.moa import MoAConfig, MoAEncoderConfig, MoATransformerConfig
 from mixhead.models.moa.modeling import MoAPreTrainedModel, step_share
-from mixhead.precision import Bf16
 from mixhead.training.checkpoints import checkpoints
+from mixhead.training.config import Count, Positive, RunConfig, Schedule, Share, Source
 from mixhead.training.health import HEALTH
-from mixhead.training.trainer import CHECKPOINTING, RunMixin, training_arguments
-
-BETAS, EPSILON = (0.9, 0.98), 1e-9  # of Adam, as published
-FIRST_LEARNING_RATE = 1e-7
+from mixhead.training.optimizer import Group
+from mixhead.training.trainer import PartOfStep, RunTrainer, Samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoATrainConfig:
+class MoATrainConfig(RunConfig):
     """How a MoA model, or a dense one of the same shape, is trained; the defaults are the published recipe.
+
+    See `RunConfig` for what is not listed here.
 
     Attributes:
         model: `name` of a configuration, and fields that differ from it (without a name: from the defaults).
         vocabulary: size of a vocabulary to train on the training data, or the folder of one.
         steps: optimizer steps.
-        gradient_accumulation: forward passes of one process in one optimizer step.
-        learning_rate: of Adam, reached at the end of the warm-up; then it falls with 1 / sqrt(step).
-        warmup_steps: in which the learning rate rises linearly.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        bf16: whether forward passes run under autocast to bfloat16; "auto" where the machine multiplies it faster.
-        gradient_checkpointing: keeps one activation per layer and computes the rest again.
-        save_every: optimizer steps between checkpoints.
-        average: the model is the mean of that many of the last checkpoints.
-        seed: of weights, order and dropout.
+        average: the model is the mean of that many of the last checkpoints; at least so many are kept.
     """
 
     model: Mapping[str, Any]
-    vocabulary: int | str
-    steps: int
-    gradient_accumulation: int = 1
-    learning_rate: float = 7e-4
-    warmup_steps: int = 4000
-    max_grad_norm: float = 0.0
-    bf16: Bf16 = "auto"
-    gradient_checkpointing: bool = False
-    save_every: int = 1000
-    average: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "gradient_accumulation", "warmup_steps", "save_every", "average"):
-            if getattr(self, name) < 1:
-                raise MixheadError(f"{name}={getattr(self, name)} must be at least 1.")
-        if not 0.0 < self.learning_rate < math.inf:
-            raise MixheadError(f"learning_rate={self.learning_rate} must be a positive number.")
-        if self.max_grad_norm < 0.0 or self.seed < 0:
-            raise MixheadError("max_grad_norm and seed must not be negative.")
-
-    def factor(self, step: int) -> float:
-        """The learning rate of a step (counted from 0) as a share of `learning_rate`."""
-        if step < self.warmup_steps:
-            first = FIRST_LEARNING_RATE / self.learning_rate
-            return first + (1.0 - first) * step / self.warmup_steps
-        return math.sqrt(self.warmup_steps / step)
+    vocabulary: Annotated[int | str, Source()]
+    steps: Count
+    learning_rate: Positive = 7e-4
+    schedule: Schedule = "inverse_sqrt"
+    warmup: Share = 0.08
+    max_grad_norm: Annotated[float, Ge(0)] = 0.0
+    save_every: Count = 1000
+    average: Count = 10
 
 
-class MoATrainer(RunMixin, Seq2SeqTrainer):
-    """Trains a MoA model on batches that exist already; `train_dataset[i]` is the i-th batch of the run."""
+class MoATrainer(RunTrainer[MoATrainConfig]):
+    """Trains a MoA model on batches that exist already.
+
+    Args:
+        model: with a loss of its own.
+        config: how to train.
+        batches: entry i is the i-th of the run.
+        tokens_per_batch: on average.
+        run: folder of the run.
+        tokenizer: saved beside the model.
+        **loss_settings: handed to the model with every batch.
+    """
 
     columns = ("loss", "task_loss", "auxiliary", *HEALTH)
     unit = "tokens"
-    former_bf16 = True
+    adam: ClassVar[Mapping[str, Any]] = {"betas": (0.9, 0.98), "eps": 1e-9}  # as published
 
     def __init__(
         self,
@@ -91,65 +72,33 @@ class MoATrainer(RunMixin, Seq2SeqTrainer):
         batches: RunBatches,
         tokens_per_batch: float,
         run: Path,
+        tokenizer: PreTrainedTokenizerBase,
         **loss_settings: float,
     ) -> None:
-        self.training, self.loss_settings = config, loss_settings
-        self.keep_checkpoints, self.bf16 = config.average, config.bf16
-        self.learning_rate_factor = config.factor
-        arguments = training_arguments(
-            run,
-            Seq2SeqTrainingArguments,
-            per_device_train_batch_size=1,  # of batches
-            gradient_accumulation_steps=config.gradient_accumulation,
-            max_steps=config.steps,
-            max_grad_norm=config.max_grad_norm,
-            save_steps=config.save_every,
-            seed=config.seed,
-            average_tokens_across_devices=True,
-            **CHECKPOINTING if config.gradient_checkpointing else {},
-        )
-        batches.count = config.steps * config.gradient_accumulation * arguments.world_size
-        self.units_per_step = round(tokens_per_batch * config.gradient_accumulation * arguments.world_size)
-        super().__init__(model=model, args=arguments, train_dataset=batches, data_collator=only_one)
+        self.batches, self.tokenizer, self.loss_settings = batches, tokenizer, loss_settings
+        samples = Samples(batches.of_length, only_one, lambda per_step: config.steps, units=tokens_per_batch)
+        kept = replace(config, keep_checkpoints=max(config.keep_checkpoints, config.average))
+        super().__init__(model, kept, samples, run)
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The model's own loss, as this micro-batch's share of the step's mean; the auxiliary loss is in it, once."""
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, output_routing=True, **self.loss_settings)
-        share = step_share(inputs["labels"], num_items_in_batch)
-        loss = outputs.loss
-        auxiliary = 0.0 if outputs.auxiliary_loss is None else outputs.auxiliary_loss.detach() * share
-        self.note(1.0, loss=loss.detach(), task_loss=loss.detach() - auxiliary)
-        if outputs.auxiliary_loss is not None:
-            self.note(1.0, auxiliary=auxiliary)
-            self.note_routings(outputs.routing, share)
-        # Each process has its share of the sum over all of them, and their gradients are averaged.
-        loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+    def part_of_step(self, model: nn.Module, inputs: dict[str, Any], targets: Tensor | int | None) -> PartOfStep:
+        """The model's own loss; the auxiliary loss is in it, once."""
+        outputs = model(**inputs, num_items_in_batch=targets, output_routing=True, **self.loss_settings)
+        share, loss = step_share(inputs["labels"], targets), outputs.loss
+        if outputs.auxiliary_loss is None:
+            return PartOfStep(loss, share, {"task_loss": loss})
+        auxiliary = outputs.auxiliary_loss * share
+        return PartOfStep(loss, share, {"task_loss": loss - auxiliary, "auxiliary": auxiliary}, outputs.routing)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Adam as published, without weight decay."""
-        if self.optimizer is None:
-            parameters = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
-            fused = self.args.device.type in ("cpu", "cuda")
-            rate = self.training.learning_rate
-            self.optimizer = torch.optim.Adam(parameters, lr=rate, betas=BETAS, eps=EPSILON, fused=fused)
-        return self.optimizer
+    def group_of(self, name: str, parameter: nn.Parameter) -> Group:
+        """All weights alike, as in fairseq, whose recipe this is."""
+        del name, parameter
+        return "decay"
 
-    def save_averaged(self, tokenizer: PreTrainedTokenizerBase) -> Path:
-        """Writes the mean of the last checkpoints, with the vocabulary, and returns the folder."""
-        model, folder = self.base_model, self.run_folder / "model"
-        if self.accelerator.is_main_process:
-            load_average(model, checkpoints(self.run_folder)[-self.training.average :])
-
-            def write(partial: Path) -> None:
-                model.save_pretrained(partial)
-                tokenizer.save_pretrained(partial)
-
-            write_folder(folder, write)
-        self.accelerator.wait_for_everyone()
-        return folder
+    def write_model(self, folder: Path) -> None:
+        """The mean of the last checkpoints, and the vocabulary."""
+        load_average(self.base_model, checkpoints(self.run_folder)[-self.config.average :])
+        self.base_model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
 def only_one(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

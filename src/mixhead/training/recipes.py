@@ -17,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mixhead.errors import MixheadError
-from mixhead.files import write_text
+from mixhead.training.config import sentence
 
 SUFFIX = ".yaml"
 
@@ -30,7 +30,7 @@ class Recipe:
 
     Attributes:
         name: of the recipe; the default name of its run.
-        task: the module of `mixhead.tasks` that runs it.
+        task: which of `mixhead.tasks` it is, see `registry`.
         values: the settings of that task, as nested mappings.
     """
 
@@ -91,12 +91,6 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe(name=path.stem, task=task, values=values)
 
 
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes a recipe with all its values, so that `mixhead train` makes the run again from it."""
-    text = yaml.safe_dump({"task": recipe.task, **recipe.values}, sort_keys=False, allow_unicode=True)
-    write_text(path, text)
-
-
 def settings_from(cls: type[Settings], values: Mapping[str, Any], where: str = "") -> Settings:
     """A (nested) dataclass from a mapping; numbers that YAML reads as text, like 1e-3, become numbers.
 
@@ -112,7 +106,7 @@ def settings_from(cls: type[Settings], values: Mapping[str, Any], where: str = "
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
-        raise MixheadError("; ".join(_sentence(detail, where) for detail in error.errors()) + ".") from error
+        raise MixheadError("; ".join(sentence(detail, where) for detail in error.errors()) + ".") from error
 
 
 def _replace(values: dict[str, Any], override: str) -> None:
@@ -144,11 +138,3 @@ def _refuse_unknown(cls: type, values: Mapping[str, Any], where: str) -> None:
         for kind in (kinds[key], *get_args(kinds[key])):
             if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
                 _refuse_unknown(kind, value, place)
-
-
-def _sentence(detail: Mapping[str, Any], where: str) -> str:
-    place = ".".join([*([where] if where else []), *(str(part) for part in detail["loc"])])
-    cause = detail.get("ctx", {}).get("error")
-    if isinstance(cause, MixheadError):
-        return f"{place}: {cause}".removeprefix(": ").removesuffix(".")
-    return f"The recipe's {place or 'settings'}={detail['input']!r} cannot be used ({detail['msg']})"

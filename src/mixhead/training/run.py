@@ -2,134 +2,129 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging as hf_logging
 
 from mixhead.errors import MixheadError
-from mixhead.files import remove_partial, write_text
-from mixhead.precision import takes_bfloat16
-from mixhead.training.checkpoints import checkpoints, step_of
+from mixhead.files import WRITE_ERRORS, write_folder
+from mixhead.training.checkpoints import checkpoints
+from mixhead.training.folder import MANIFEST, open_run
 from mixhead.training.progress import ProgressBar, StepLog
-from mixhead.training.trainer import RunMixin
+from mixhead.training.trainer import Config, RunTrainer
 
 logger = logging.getLogger(__name__)
 
 LOG = "log.csv"
-BF16 = "bf16"  # the key of a manifest that says what was settled; `settled_bf16` compares it
-# Settings that a run may be continued with in spite of a difference.
-HARMLESS = ("save_every", "keep_checkpoints", "dataloader_workers", BF16)
+Metrics = Mapping[str, float | int | str]
 
 
-def log_columns(trainer: RunMixin) -> tuple[str, ...]:
+def run_folder(recipe: str, resume: bool) -> Path:
+    """The folder of a run where none was given: that of its own `recipe.yaml` to go on with it, else runs/RECIPE."""
+    path = Path(recipe)
+    return path.parent if resume and path.name == MANIFEST else Path("runs") / path.stem
+
+
+def log_columns(trainer: RunTrainer[Any]) -> tuple[str, ...]:
     """The columns of `log.csv`: counts, what the trainer notes, and its pace (seconds since the start of the run)."""
     pace = ("gradient_norm", "learning_rate", f"{trainer.unit}_per_second", "seconds")
     return ("step", trainer.unit, *trainer.columns, *pace)
 
 
-def open_run(trainer: RunMixin, manifest: str, passport: Mapping[str, Any], resume: bool) -> int:
-    """Starts the folder of a run, or finds the steps that are done in it.
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training did.
+
+    Attributes:
+        folder: the trained model, for `from_pretrained`.
+        metrics: what was measured at the end, in the order in which it is shown; in the first of several processes.
+        seconds: wall time of the whole run, without the time in which it was not running.
+        resumed_from: the step after which this call took up the run; 0 for a fresh start.
+    """
+
+    folder: Path
+    metrics: Metrics = field(default_factory=dict)
+    seconds: float = 0.0
+    resumed_from: int = 0
+
+
+@dataclass(frozen=True)
+class Task(Generic[Config]):
+    """A kind of training.
+
+    Attributes:
+        config: its settings, a dataclass.
+        build: from the settings and the folder of the run to a trainer: model, data and all that can be refused before
+            the first step.
+        measure: of a trainer that has ended, given the folder of its model.
+    """
+
+    config: type[Config]
+    build: Callable[[Config, Path], RunTrainer[Config]]
+    measure: Callable[[Any, Path], Metrics]
+
+
+def train(
+    trainer: RunTrainer[Any],
+    task: str,
+    resume: bool = False,
+    *,
+    measure: Callable[[Any, Path], Metrics] | None = None,
+    title: str = "Training",
+    progress: bool = True,
+) -> TrainingResult:
+    """A run from the first step, or the newest checkpoint, to the saved model and its measurement.
 
     Args:
-        trainer: whose `run_folder` it is.
-        manifest: name of the JSON file in it that says what was asked for.
-        passport: what was asked for now; where the run exists, it must be the same.
-        resume: whether a run that exists may be continued.
+        trainer: what is trained, and how.
+        task: its name.
+        resume: continues the run in the trainer's folder.
+        measure: of the `Task`.
+        title: of the progress bar.
+        progress: shows a bar on standard error (without a terminal: a log line a minute).
 
     Raises:
-        MixheadError: where the folder holds a run that shall not or cannot be continued, or cannot be written to.
+        MixheadError: where the folder cannot be used, the loss becomes NaN, or the disk is full. The checkpoints that
+            were complete stay.
+        KeyboardInterrupt: after Ctrl-C, when the running step has ended and a checkpoint is written.
     """
-    run, path = trainer.run_folder, trainer.run_folder / manifest
-    begun = path.exists()
-    if begun and not resume:
-        raise MixheadError(
-            f"{run} holds a run already: continue it with resume=True (--resume), or give another folder."
-        )
-    trainer.bf16_autocast = settled_bf16(trainer, path if begun else None)
-    settled = {"processes": trainer.accelerator.num_processes, BF16: trainer.bf16_autocast}
-    asked = {**json.loads(json.dumps(passport)), **settled}
-    if begun:
-        _check_same_run(path, asked)
+    done = open_run(trainer, task, resume)
+    seconds = run_training(trainer, done, title, progress)
+    folder = save_model(trainer)
+    metrics: dict[str, float | int | str] = {}
+    if measure is not None and trainer.accelerator.is_main_process:
+        metrics = {"training seconds": round(seconds, 1), **measure(trainer, folder)}
     trainer.accelerator.wait_for_everyone()
+    return TrainingResult(folder, metrics, seconds, done)
+
+
+def save_model(trainer: RunTrainer[Any]) -> Path:
+    """Writes the trained model, whole or not at all."""
+    folder = trainer.run_folder / "model"
+    trainer.gather_weights()
     if trainer.accelerator.is_main_process:
         try:
-            run.mkdir(parents=True, exist_ok=True)
-            remove_partial(run)
-            write_text(path, json.dumps(asked, indent=2) + "\n")
-        except OSError as error:
-            raise MixheadError(f"The folder of the run, {run}, cannot be written to ({error}).") from error
+            write_folder(folder, trainer.write_model)
+        except WRITE_ERRORS as error:
+            raise MixheadError(
+                f"The trained model cannot be written to {folder} ({error}). {trainer.where_to_resume()} Free disk "
+                "space first."
+            ) from error
     trainer.accelerator.wait_for_everyone()
-    complete = checkpoints(run)
-    return step_of(complete[-1]) if complete else 0
+    return folder
 
 
-def settled_bf16(trainer: RunMixin, manifest: Path | None) -> bool:
-    """Whether a run computes in bfloat16: as it began, and a new one as this machine is faster.
-
-    Raises:
-        MixheadError: where another precision was asked for than the run began with.
-    """
-    asked = trainer.bf16
-    if manifest is None:
-        # One process decides for all: their measurements may differ.
-        [taken] = broadcast_object_list([takes_bfloat16(asked) if trainer.accelerator.is_main_process else None])
-        return bool(taken)
-    before = _bf16_of(_read(manifest), trainer.former_bf16)
-    if asked not in ("auto", before):
-        raise _other_settings(trainer.run_folder, f"{BF16} was {before} and is {asked}")
-    return before
-
-
-def _bf16_of(manifest: Mapping[str, Any], former: bool) -> bool:
-    """What a manifest says, of whichever version: there, with the settings, or not at all."""
-    for place in (manifest, manifest.get("config"), manifest.get("training")):
-        if isinstance(place, Mapping) and isinstance(place.get(BF16), bool):
-            return place[BF16]
-    return former
-
-
-def _read(manifest: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(manifest.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise MixheadError(f"{manifest} cannot be read ({error}): give another folder for a new run.") from error
-
-
-def _other_settings(run: Path, differences: str) -> MixheadError:
-    return MixheadError(
-        f"The run in {run} cannot be continued with other settings ({differences}): "
-        "give the ones that it began with, or another folder."
-    )
-
-
-def _check_same_run(manifest: Path, asked: Mapping[str, Any]) -> None:
-    found = dict(_differences(_read(manifest), asked))
-    if found:
-        listed = "; ".join(f"{name} was {before!r} and is {now!r}" for name, (before, now) in found.items())
-        raise _other_settings(manifest.parent, listed)
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    for name in {**before, **now}:
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _differences(old, new)
-        elif old != new and name not in HARMLESS:
-            yield name, (old, new)
-
-
-def run_training(trainer: RunMixin, done: int, title: str = "Training", progress: bool = True) -> float:
+def run_training(trainer: RunTrainer[Any], done: int, title: str = "Training", progress: bool = True) -> float:
     """Trains to the end, from the newest checkpoint where `done` steps are done; returns the seconds of the whole run.
 
     Raises:
@@ -164,7 +159,7 @@ def run_training(trainer: RunMixin, done: int, title: str = "Training", progress
 class StepReport(TrainerCallback):
     """After every optimizer step: is all of it a number, a row in the log, the bar, a wish to stop."""
 
-    def __init__(self, trainer: RunMixin, log: StepLog | None, bar: ProgressBar) -> None:
+    def __init__(self, trainer: RunTrainer[Any], log: StepLog | None, bar: ProgressBar) -> None:
         self.trainer, self.log, self.bar = trainer, log, bar
         self.seconds = 0.0 if log is None else log.seconds  # of the whole run
         self.row: dict[str, float | int | None] = {}
@@ -176,7 +171,7 @@ class StepReport(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before the weights change, so that NaN never reaches them."""
         trainer = self.trainer
-        row = trainer.step_row(trainer.finish_step())
+        row = trainer.finish_step()
         loss, norm = row["loss"], trainer.gradient_norm
         if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
             what = f"loss became {loss}" if not math.isfinite(loss) else f"norm of the gradients became {norm}"
@@ -229,7 +224,7 @@ def _no_bars_of_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _ctrl_c_asks(trainer: RunMixin) -> Iterator[None]:
+def _ctrl_c_asks(trainer: RunTrainer[Any]) -> Iterator[None]:
     """The first Ctrl-C ends the run after the step, with a checkpoint; the second one ends it at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,9 +1,9 @@
-"""What every training run of mixhead has, on top of a `Trainer` of transformers.
+"""What every training run has, on top of the `Trainer` of transformers.
 
-A run lives in one folder: a manifest of what was asked for (`recipe.yaml` or `tune.json`), `log.csv` and `tensorboard/`
-(a row for every optimizer step), `checkpoint-N/` (to continue from) and, at the end, `model/`. A run that was killed or
-stopped with Ctrl-C continues with the same losses as if nothing had happened; a loss that is no number stops it before
-the weights change.
+A run lives in one folder: `recipe.yaml` (what was asked for, with all settings), `fingerprint.json` (what it is trained
+on), `log.csv` and `tensorboard/` (a row for every optimizer step), `checkpoint-N/` (to continue from) and, at the end,
+`model/`. A run that was killed or stopped with Ctrl-C continues with the same losses as if nothing had happened; a loss
+that is no number stops it before the weights change.
 """
 
 from __future__ import annotations
@@ -15,62 +15,100 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mixhead.errors import MixheadError
 from mixhead.files import WRITE_ERRORS, remove, write_folder
-from mixhead.precision import Bf16
-from mixhead.routing import Routing
+from mixhead.routing import Routing, mean_balance_loss
 from mixhead.training.checkpoints import PREFIX, checkpoints, damaged, load_weights, step_of
-from mixhead.training.health import HEALTH as HEALTH
-from mixhead.training.health import layer_columns, routing_health
+from mixhead.training.config import RunConfig
+from mixhead.training.health import HEALTH, layer_columns, routing_health
+from mixhead.training.optimizer import Group, adamw, schedule
 
-# Not reentrant: that form runs the routers without gradients, and their losses would be lost.
-CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+Config = TypeVar("Config", bound=RunConfig)
 
 
 @dataclass(frozen=True)
-class TrainingResult:
-    """What a task returns when its training has ended.
+class Samples:
+    """What a run reads.
 
     Attributes:
-        folder: the trained model, for `from_pretrained`.
-        metrics: what was measured at the end, in the order in which it is shown.
+        dataset: from the number of samples of the whole run to its data set; entry i is the i-th that is read.
+        collate: from samples to a batch, by the names of the model's arguments.
+        steps: from the samples that an optimizer step reads to the number of steps.
+        batch_size: samples in one forward pass of one process.
+        units: how many of the trainer's `unit` a sample counts.
     """
 
-    folder: Path
-    metrics: Mapping[str, float | int | str] = field(default_factory=dict)
+    dataset: Callable[[int], Dataset[Any]]
+    collate: Callable[[list[Any]], dict[str, Any]]
+    steps: Callable[[int], int]
+    batch_size: int = 1
+    units: float = 1.0
 
 
-def training_arguments(
-    run: Path, kind: type[TrainingArguments] = TrainingArguments, /, **settings: Any
-) -> TrainingArguments:
+@dataclass(frozen=True)
+class PartOfStep:
+    """What a micro-batch adds to its optimizer step; every value is its part of the step's mean.
+
+    Attributes:
+        loss: of the task, with its gradient.
+        share: the weight of the micro-batch in the step.
+        log: further columns of the log.
+        routings: of the layers: their health is logged, and their balance loss is added to the loss.
+        balance_coefficient: weight of the balance loss.
+    """
+
+    loss: Tensor
+    share: Tensor | float
+    log: Mapping[str, Tensor | float] = field(default_factory=dict)
+    routings: Sequence[Routing] = ()
+    balance_coefficient: float = 0.0
+
+
+def training_arguments(run: Path, config: RunConfig, batch_size: int, **settings: Any) -> TrainingArguments:
     """Arguments of a Trainer that reports through `run_training` alone and sends nothing anywhere.
 
     Raises:
         MixheadError: where several processes were started that would each train alone.
     """
     accelerated = torch.accelerator.is_available()
-    defaults = {
-        "logging_strategy": "no",
-        "eval_strategy": "no",
-        "save_strategy": "steps",
-        "train_sampling_strategy": "sequential",  # the data sets know their order
-        "dataloader_persistent_workers": settings.get("dataloader_num_workers", 0) > 0,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
-        # Said outright: without it several processes on a machine without accelerator would each train alone.
-        "use_cpu": not accelerated,
-        "dataloader_pin_memory": accelerated,
-    }
-    arguments = kind(output_dir=str(run), **{**defaults, **settings})
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        **{
+            "max_steps": 1,  # set later: it depends on the number of processes, which these arguments find out
+            "per_device_train_batch_size": batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation,
+            "max_grad_norm": config.max_grad_norm or float("inf"),
+            "seed": config.seed,
+            "dataloader_num_workers": config.dataloader_workers,
+            "dataloader_persistent_workers": config.dataloader_workers > 0,
+            "activation_checkpointing": config.gradient_checkpointing,
+            # Not reentrant: that form runs the routers without gradients, and their losses would be lost.
+            "activation_checkpointing_kwargs": {"use_reentrant": False},
+            "average_tokens_across_devices": True,
+            "logging_strategy": "no",
+            "eval_strategy": "no",
+            "save_strategy": "steps",
+            "save_steps": max(round(config.save_every), 1),
+            "train_sampling_strategy": "sequential",  # the data sets know their order
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "ddp_find_unused_parameters": False,
+            # Said outright: without it several processes on a machine without accelerator would each train alone.
+            "use_cpu": not accelerated,
+            "dataloader_pin_memory": accelerated,
+            **settings,
+        },
+    )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != arguments.world_size:
         raise MixheadError(
@@ -81,45 +119,51 @@ def training_arguments(
     return arguments
 
 
-class RunMixin(Trainer):
-    """Goes before a Trainer of transformers in the bases of a class; that class says what its loss consists of.
+class RunTrainer(Trainer, Generic[Config]):
+    """A Trainer whose subclass says what a model costs (`part_of_step`) and how it is saved (`write_model`).
 
-    `max_steps` of its arguments says how long it trains. Its `compute_loss` calls `note(share, loss=...)` for every
-    micro-batch, `note_routings` where heads compete, and `columns` lists what it notes.
+    Args:
+        model: trained in place.
+        config: how to train.
+        samples: what it reads.
+        run: folder of the run.
+        **settings: of `TrainingArguments`, where they differ from `training_arguments`.
 
     Attributes:
-        columns: names of what is noted, in the order of the log.
+        columns: names of what is logged, in order.
         unit: what `units_per_step` counts, in the plural ("tokens", "images").
         units_per_step: how many of them one optimizer step of all processes reads.
-        keep_checkpoints: how many of the newest checkpoints stay on the disk.
-        bf16: whether the loss is to be computed under autocast to bfloat16; "auto" as this machine, or the run that is
-            continued, has it.
-        bf16_autocast: whether it is; `open_run` settles that.
-        former_bf16: what runs of earlier versions did that do not say it.
-        learning_rate_factor: from a step (counted from 0) to its share of the learning rate; without it the schedule
-            is the one that the arguments name.
+        adam: settings of AdamW that differ from PyTorch's.
+        router_factor: the routers' learning rate as a multiple of all others'.
+        bfloat16: whether losses are computed under autocast to bfloat16; `open_run` decides it.
     """
 
     optimizer: torch.optim.Optimizer | None
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    lr_scheduler: LambdaLR | None
 
     columns: Sequence[str] = ("loss", *HEALTH)
     unit = "samples"
-    units_per_step = 1
-    keep_checkpoints = 2
-    bf16: Bf16 = False
-    bf16_autocast = False
-    former_bf16 = False
-    learning_rate_factor: Callable[[int], float] | None = None
+    adam: ClassVar[Mapping[str, Any]] = {}
+    router_factor = 1.0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, config: Config, samples: Samples, run: Path, **settings: Any) -> None:
+        self.config = config
+        arguments = training_arguments(run, config, samples.batch_size, **settings)
+        per_step = samples.batch_size * config.gradient_accumulation * arguments.world_size
+        arguments.max_steps = samples.steps(per_step)
+        if arguments.max_steps < 1:
+            raise MixheadError(f"The run is too short for one optimizer step, which reads {per_step:,} samples.")
+        dataset = samples.dataset(arguments.max_steps * per_step)
         try:
-            super().__init__(*args, **kwargs)
+            super().__init__(model=model, args=arguments, train_dataset=dataset, data_collator=samples.collate)
         except OSError as error:
             raise MixheadError(f"The folder of the run cannot be made ({error}).") from error
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.run_folder = Path(self.args.output_dir)
+        self.loss_is_scaled_for_ga = True  # `compute_loss` returns a micro-batch's share of the step's mean
+        self.units_per_step = round(per_step * samples.units)
+        self.run_folder = run
+        self.bfloat16 = False
         self.gradient_norm: float | None = None
         self.interrupted = False  # this process was asked to stop
         self.stopping = False  # all processes agreed to stop after this step
@@ -136,6 +180,34 @@ class RunMixin(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+    # What a task says
+
+    def part_of_step(self, model: nn.Module, inputs: dict[str, Any], targets: Tensor | int | None) -> PartOfStep:
+        """What a micro-batch adds to its optimizer step.
+
+        Args:
+            model: as the Trainer wrapped it.
+            inputs: the batch.
+            targets: labels of the whole step that are to be predicted; None where a batch has no `labels`.
+        """
+        raise NotImplementedError
+
+    def write_model(self, folder: Path) -> None:
+        """Writes the trained model and what belongs to it into an empty folder."""
+        raise NotImplementedError
+
+    def gather_weights(self) -> None:
+        """What all processes have to do before the first one writes the model."""
+
+    def group_of(self, name: str, parameter: nn.Parameter) -> Group:
+        """Whether a weight decays: matrices do, biases and norms do not."""
+        del name
+        return "decay" if parameter.dim() > 1 else "keep"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes this run the one that it is, beside its settings; in the form of JSON."""
+        return {}
+
     # What a step consists of
 
     @property
@@ -144,38 +216,51 @@ class RunMixin(Trainer):
         steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         return 1.0 / (int(steps) * self.accelerator.num_processes)
 
-    @torch.no_grad()
-    def note(self, share: Tensor | float, **values: Tensor | float) -> None:
-        """Adds a micro-batch's part to the step's means; `share` is its weight in them."""
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The task's loss and the balance loss of its routings, as this micro-batch's share of the step's mean."""
+        del return_outputs
+        part = self.part_of_step(model, inputs, num_items_in_batch)
+        loss = part.loss
+        balance = mean_balance_loss(part.routings) if part.balance_coefficient else None
+        if balance is not None:
+            loss = loss + part.balance_coefficient * balance * part.share
+        with torch.no_grad():
+            health = routing_health(part.routings, self.layer_columns)
+            self.note(loss=loss, **part.log, **{name: value * part.share for name, value in health.items()})
+        # Each process has its share of the sum over all of them, and their gradients are averaged.
+        return loss * self.accelerator.num_processes
+
+    def note(self, **values: Tensor | float) -> None:
+        """Adds a micro-batch's part to the step's means."""
         for name, value in values.items():
             self._noted.add(name)
-            self._parts[self.columns.index(name)] += value * share
-
-    @torch.no_grad()
-    def note_routings(self, routings: Sequence[Routing], share: Tensor | float) -> None:
-        """Adds the balance loss (mean of the layers, without its coefficient) and the health of the routing."""
-        self.note(share, **routing_health(routings, self.layer_columns))
+            self._parts[self.columns.index(name)] += value
 
     def finish_step(self) -> dict[str, float]:
-        """What was noted for the step that ends, over all processes."""
+        """What was noted for the step that ends, over all processes, and its learning rate."""
         self._parts[-1] = float(self.interrupted)
         *parts, requests = self.accelerator.reduce(self._parts, "sum").tolist()
         self._parts = torch.zeros_like(self._parts)
         self.stopping = requests > 0
-        return {name: value for name, value in zip(self.columns, parts, strict=True) if name in self._noted}
+        noted = {name: value for name, value in zip(self.columns, parts, strict=True) if name in self._noted}
+        assert self.lr_scheduler is not None
+        [factor, *_], step = self.lr_scheduler.lr_lambdas, self.lr_scheduler.last_epoch
+        return {**noted, "learning_rate": self.config.learning_rate * factor(step)}
 
-    def step_row(self, parts: Mapping[str, float]) -> dict[str, float]:
-        """The step's row in the log; its `loss` is what must be a number."""
-        assert self.optimizer is not None
-        return {**parts, "learning_rate": max(group["lr"] for group in self.optimizer.param_groups)}
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW, see `adamw`."""
+        if self.optimizer is None:
+            trained = self.model if model is None else model
+            self.optimizer = adamw(trained, self.config, self.group_of, self.router_factor, **self.adam)
+        return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
-        """The learning rates by `learning_rate_factor`."""
-        if self.learning_rate_factor is None:
-            return super().create_scheduler(num_training_steps, optimizer)
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The learning rates that the configuration asks for."""
         if self.lr_scheduler is None:
             optimizer = self.create_optimizer() if optimizer is None else optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
+            self.lr_scheduler = schedule(optimizer, self.config, num_training_steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -183,7 +268,7 @@ class RunMixin(Trainer):
         self, cache_enabled: bool | None = True
     ) -> contextlib.AbstractContextManager[Any]:
         """Around the loss alone. The wrapper of accelerate would copy the logits to float32 as well."""
-        if not self.bf16_autocast:
+        if not self.bfloat16:
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=bool(cache_enabled))
 
@@ -209,7 +294,7 @@ class RunMixin(Trainer):
             if self.args.should_save:
                 (partial / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
                 write_folder(self.run_folder / name, lambda folder: _move_files(partial / name, folder))
-                for old in checkpoints(self.run_folder)[: -self.keep_checkpoints]:
+                for old in checkpoints(self.run_folder)[: -self.config.keep_checkpoints]:
                     remove(old)
         except WRITE_ERRORS as error:
             raise MixheadError(
@@ -253,6 +338,11 @@ class RunMixin(Trainer):
                 (Path(checkpoint) / name).stat()  # the stock method starts afresh without them
             super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:  # a damaged file surfaces as whatever its reader trips over
+            if "optimizer's group" in str(error) or "parameter groups" in str(error):
+                raise MixheadError(
+                    f"The checkpoint {checkpoint} is of an earlier version, whose optimizer grouped the weights in "
+                    "another way: finish the run with that version, or begin it again in another folder."
+                ) from error
             raise damaged(Path(checkpoint), f"{type(error).__name__}: {error}") from error
 
 

@@ -7,13 +7,14 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore as TheirInceptionScore
 
 from mixhead.errors import MixheadError
-from mixhead.tasks.image_generation.features import EFFICIENTNET, FeatureExtractor, Features, feature_extractor
+from mixhead.tasks.image_generation.features import EFFICIENTNET, FeatureExtractor, Features
 from mixhead.tasks.image_generation.inception import InceptionFeatures, InceptionV3, interpolation
 from mixhead.tasks.image_generation.metrics import (
     InceptionScore,
     Moments,
     Subset,
     compare,
+    feature_extractor,
     frechet_distance,
     precision_recall,
     statistics,

@@ -12,14 +12,13 @@ from mixhead.models.moa import MoAEncoderConfig, MoAForMaskedLM
 from mixhead.models.moa.modeling import IGNORED
 from mixhead.tasks.masked_lm.train import (
     MaskedBatches,
-    MaskedLMConfig,
     fill_mask,
     load_masked_lm,
     mask_tokens,
     masked_texts,
-    train,
 )
-from mixhead.training.recipes import Recipe, read_recipe, settings_from
+from mixhead.tasks.registry import settings_of, train_recipe
+from mixhead.training.recipes import Recipe, read_recipe
 
 TEXT = "the cat sees the dog and the dog sees the cat . " * 400
 
@@ -49,11 +48,11 @@ def recipe(data: Path, **changes: object) -> Recipe:
         "window": 24,
         "batch_size": 8,
         "steps": 120,
-        "warmup_steps": 20,
+        "warmup": 1 / 6,
         "learning_rate": 1e-2,
         "save_every": 60,
         "average": 1,
-        "bf16": False,
+        "precision": "float32",
     }
     return Recipe("cats", "masked_lm", {**values, **changes})
 
@@ -61,7 +60,7 @@ def recipe(data: Path, **changes: object) -> Recipe:
 def test_a_model_learns_what_stands_behind_masks(
     wikitext: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = train(recipe(wikitext), tmp_path / "run")
+    result = train_recipe(recipe(wikitext), tmp_path / "run")
     assert result.metrics["masked perplexity"] < 6  # there are seven words; what has learnt nothing is at 300
     model, tokenizer = load_masked_lm(result.folder)
     before, after = "the cat sees the", "and the dog sees the cat ."
@@ -78,6 +77,20 @@ def test_a_model_learns_what_stands_behind_masks(
     assert "probability" in capsys.readouterr().out
     log = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert len(log) == 121 and {"auxiliary", "task_loss", "load_entropy"} <= set(log[0].split(","))
+
+
+def test_the_recipe_of_a_run_makes_it_again(wikitext: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(wikitext)
+    train_recipe(recipe(Path(), steps=3), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    resolved = str(tmp_path / "run" / "recipe.yaml")
+    assert run_cli(["train", resolved]) == 0
+    losses = [
+        (folder / "log.csv").read_text().splitlines()[1].split(",")[2] for folder in (Path("run"), Path("runs/recipe"))
+    ]
+    assert losses[0] == losses[1]
+    assert run_cli(["train", resolved, "seed=1", "--resume"]) == 2
+    assert run_cli(["train", resolved, "--resume"]) == 0
 
 
 def test_targets_are_masked_replaced_or_left() -> None:
@@ -130,4 +143,4 @@ def test_texts_that_are_not_there_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["moa-mlm", "moa-mlm-wikitext103"])
 def test_shipped_recipes_are_complete(name: str) -> None:
-    assert settings_from(MaskedLMConfig, read_recipe(name).values).steps > 0
+    assert settings_of(read_recipe(name)).steps > 0

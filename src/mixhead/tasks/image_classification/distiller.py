@@ -13,6 +13,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from mixhead.errors import MixheadError
 from mixhead.tasks.image_classification.trainer import ImageTrainer
 from mixhead.training.health import HEALTH
+from mixhead.training.trainer import PartOfStep
 
 
 class ImageDistiller(ImageTrainer):
@@ -33,23 +34,20 @@ class ImageDistiller(ImageTrainer):
     def __init__(
         self, model: PreTrainedModel, processor: ImageProcessingMixin, teacher: PreTrainedModel, **settings: Any
     ) -> None:
-        super().__init__(model, processor, **settings)
-        self.args.ddp_find_unused_parameters = True  # final norm and head receive no gradient
+        # Final norm and head receive no gradient.
+        super().__init__(model, processor, **settings, ddp_find_unused_parameters=True)
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The distance of the hidden states, and the balance loss times its coefficient."""
-        del num_items_in_batch
+    def part_of_step(self, model: nn.Module, inputs: dict[str, Any], targets: Tensor | int | None) -> PartOfStep:
+        """The distance of the hidden states."""
+        del targets
         pixels_BCYX = inputs["pixel_values"]
         with torch.no_grad():
             wanted_BNC = final_states(self.teacher(pixel_values=pixels_BCYX, output_hidden_states=True))
         outputs, routings, coefficient = self.routed(model, pixels_BCYX, output_hidden_states=True)
-        distance = normed_distance(final_states(outputs), wanted_BNC)
-        loss = distance + self.balance(routings, coefficient)
-        self.note(self.equal_share, loss=loss, distance=distance)
-        return (loss, outputs) if return_outputs else loss
+        share = self.equal_share
+        distance = normed_distance(final_states(outputs), wanted_BNC) * share
+        return PartOfStep(distance, share, {"distance": distance}, routings, coefficient)
 
 
 def final_states(outputs: Any) -> Tensor:

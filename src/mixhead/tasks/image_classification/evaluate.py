@@ -246,7 +246,7 @@ def load_processor(folder: Path, model: PreTrainedModel) -> ImageProcessingMixin
         if isinstance(model.config, MoHTransNeXtConfig):
             return image_processor(model.config)
         raise MixheadError(f"{folder} has no image processor (preprocessor_config.json): save one beside the model.")
-    return store.attempt(
+    return store.or_refuse(
         lambda: AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
         f"The image processor in {folder} cannot be read",
     )

@@ -15,72 +15,41 @@ from transformers import PreTrainedModel, set_seed
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mixhead.data.image_batches import refuse_unreadable
-from mixhead.data.labelled_images import LabelledImages, open_both
+from mixhead.data.labelled_images import open_both
 from mixhead.errors import MixheadError
-from mixhead.files import write_folder
 from mixhead.models.moh_vit import MoHTransNeXtConfig, MoHTransNeXtForImageClassification, image_processor
 from mixhead.tasks.image_classification.config import ImageTrainConfig
 from mixhead.tasks.image_classification.distiller import ImageDistiller
 from mixhead.tasks.image_classification.evaluate import evaluate_images, load_classifier
-from mixhead.tasks.image_classification.trainer import Evaluations, ImageTrainer
-from mixhead.training.recipes import Recipe, settings_from
-from mixhead.training.run import open_run, run_training
-from mixhead.training.trainer import TrainingResult
+from mixhead.tasks.image_classification.trainer import ImageTrainer
+from mixhead.training.run import Metrics
 
 
-def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
-    """Trains what the recipe says and measures it on the test images.
-
-    Args:
-        recipe: with the settings of `ImageTrainConfig`.
-        run: folder of the run.
-        resume: continues the run in that folder.
+def build(config: ImageTrainConfig, run: Path) -> ImageTrainer:
+    """The trainer for a recipe: it learns the labels, or keeps a teacher's hidden states.
 
     Raises:
-        MixheadError: where settings or data cannot be used, the loss becomes NaN, or the disk is full.
-        KeyboardInterrupt: after Ctrl-C, with a checkpoint.
+        MixheadError: where settings or data cannot be used.
     """
-    config = settings_from(ImageTrainConfig, recipe.values)
     train_images, test_images = open_both(config.data)
     if config.unreadable == "refuse":
         for images in (train_images, test_images):
             refuse_unreadable(images)
     set_seed(config.seed)
     model, processor = starting_model(config, train_images.classes)
-    trainer = trainer_for(config, model, processor, train_images, run)
-    passport = {"recipe": recipe.name, "task": recipe.task, **recipe.values}
-    done = open_run(trainer, "recipe.json", passport, resume)
-    if config.evaluate_every:
-        trainer.add_callback(Evaluations(trainer, test_images))
-    seconds = run_training(trainer, done)
-    folder = save_model(trainer)
-    metrics: dict[str, float | int | str] = {"training images": trainer.args.max_steps * trainer.units_per_step}
-    metrics["training seconds"] = round(seconds, 1)
-    if trainer.accelerator.is_main_process:
-        metrics |= measured(folder, test_images, trainer.bf16_autocast)
-    trainer.accelerator.wait_for_everyone()
-    return TrainingResult(folder, metrics)
-
-
-def trainer_for(
-    config: ImageTrainConfig,
-    model: PreTrainedModel,
-    processor: ImageProcessingMixin,
-    images: LabelledImages,
-    run: Path,
-) -> ImageTrainer:
-    """The trainer that learns the labels, or the one that keeps a teacher's hidden states."""
     if config.teacher is None:
-        return ImageTrainer(model, processor, config, images, run)
+        return ImageTrainer(model, processor, config, train_images, test_images, run)
     teacher, _, _ = load_classifier(config.teacher)
-    return ImageDistiller(model, processor, teacher, config=config, images=images, run=run)
+    return ImageDistiller(model, processor, teacher, config=config, images=train_images, tests=test_images, run=run)
 
 
-def measured(folder: Path, images: LabelledImages, bf16: bool) -> dict[str, float | int | str]:
-    """Accuracy of the saved model."""
+def measure(trainer: ImageTrainer, folder: Path) -> Metrics:
+    """Accuracy of the saved model on the test images."""
     model, processor, _classes = load_classifier(folder)
-    result = evaluate_images(model, processor, images, 256, autocast=torch.bfloat16 if bf16 else None)
+    autocast = torch.bfloat16 if trainer.bfloat16 else None
+    result = evaluate_images(model, processor, trainer.tests, 256, autocast=autocast)
     return {
+        "training images": trainer.args.max_steps * trainer.units_per_step,
         "test images": result.images,
         "top-1 (%)": round(100 * result.top1_accuracy, 2),
         "top-5 (%)": round(100 * result.top5_accuracy, 2),
@@ -117,18 +86,3 @@ def starting_model(config: ImageTrainConfig, classes: tuple[str, ...]) -> tuple[
     make = MoHTransNeXtConfig if name is None else partial(MoHTransNeXtConfig.named, name)
     sizes = make(**settings, **labels)
     return MoHTransNeXtForImageClassification(sizes), image_processor(sizes, config.crop_share)
-
-
-def save_model(trainer: ImageTrainer) -> Path:
-    """Writes the trained model and its image processor, whole or not at all."""
-    folder = trainer.run_folder / "model"
-    state = trainer.accelerator.get_state_dict(trainer.model)
-
-    def write(partial_folder: Path) -> None:
-        trainer.base_model.save_pretrained(partial_folder, state_dict=state)
-        trainer.processor.save_pretrained(partial_folder)
-
-    if trainer.accelerator.is_main_process:
-        write_folder(folder, write)
-    trainer.accelerator.wait_for_everyone()
-    return folder

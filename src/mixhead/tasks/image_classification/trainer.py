@@ -1,8 +1,7 @@
-"""The `Trainer` of transformers with the loss, the optimizer, the images and the measurements of classification."""
+"""Classification on the trainer of every run: the loss, what decays, the images and the measurements."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,25 @@ from mixhead.routing import Routing
 from mixhead.tasks.image_classification.config import ImageTrainConfig
 from mixhead.tasks.image_classification.evaluate import evaluate_images
 from mixhead.training.health import HEALTH
+from mixhead.training.optimizer import Group
 from mixhead.training.progress import read_rows
-from mixhead.training.trainer import CHECKPOINTING, RunMixin, training_arguments
+from mixhead.training.trainer import PartOfStep, RunTrainer, Samples
 
 
-class ImageTrainer(RunMixin):
-    """Cross entropy with soft targets, and the balance loss of the routers."""
+class ImageTrainer(RunTrainer[ImageTrainConfig]):
+    """Cross entropy with soft targets, and the balance loss of the routers.
+
+    Args:
+        model: a classifier.
+        processor: prepares images for it; saved beside it.
+        config: how to train.
+        images: to learn from.
+        tests: to measure on.
+        run: folder of the run.
+    """
 
     columns = ("loss", "cross_entropy", *HEALTH)
     unit = "images"
-    former_bf16 = True
 
     def __init__(
         self,
@@ -39,62 +47,38 @@ class ImageTrainer(RunMixin):
         processor: ImageProcessingMixin,
         config: ImageTrainConfig,
         images: LabelledImages,
+        tests: LabelledImages,
         run: Path,
+        **settings: Any,
     ) -> None:
-        self.training, self.processor = config, processor
-        self.keep_checkpoints, self.bf16 = config.keep_checkpoints, config.bf16
-        arguments = training_arguments(
-            run,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation,
-            max_steps=1,  # set below: it depends on the number of processes, which these arguments find out
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            dataloader_num_workers=config.dataloader_workers,
-            **CHECKPOINTING if config.gradient_checkpointing else {},
-            **sharding(model) if config.fsdp else {},
-        )
-        per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
-        steps_per_epoch = len(images.labels) / per_step
-        self.units_per_step = per_step
-        arguments.max_steps = int(config.epochs * steps_per_epoch)
-        if arguments.max_steps == 0:
-            raise MixheadError(
-                f"epochs={config.epochs} of {len(images.labels):,} images do not reach for one optimizer step, which "
-                f"reads {per_step:,}."
-            )
-        self.learning_rate_factor = partial(config.factor, steps=arguments.max_steps)
-        arguments.save_steps = max(round(config.save_every * steps_per_epoch), 1)
+        self.processor, self.tests = processor, tests
+        self.exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+        self.state: dict[str, Tensor] | None = None
         transform = TrainTransform(
             size=image_side(processor),
             mean=tuple(processor.image_mean),
             std=tuple(processor.image_std),
             augmentation=config.augmentation,
         )
-        order = ImageOrder(images, transform, arguments.max_steps * per_step, config.seed, config.repeated_augmentation)
-        collator = MixingCollator(len(images.classes), config.augmentation, config.seed)
-        super().__init__(model=model, args=arguments, train_dataset=order, data_collator=collator)
-        # The loss below is a mean over the micro-batch, whatever the model would take: the Trainer divides it.
-        self.model_accepts_loss_kwargs = False
+        samples = Samples(
+            dataset=lambda length: ImageOrder(images, transform, length, config.seed, config.repeated_augmentation),
+            collate=MixingCollator(len(images.classes), config.augmentation, config.seed),
+            steps=lambda per_step: int(config.epochs * len(images.labels) / per_step),
+            batch_size=config.batch_size,
+        )
+        super().__init__(model, config, samples, run, **{**(sharding(model) if config.fsdp else {}), **settings})
+        epoch = len(images.labels) / self.units_per_step
+        self.args.save_steps = max(round(config.save_every * epoch), 1)
+        if config.evaluate_every:
+            self.add_callback(Evaluations(self, tests))
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean over the micro-batch of the cross entropy, and the balance loss times its coefficient."""
-        del num_items_in_batch
+    def part_of_step(self, model: nn.Module, inputs: dict[str, Any], targets: Tensor | int | None) -> PartOfStep:
+        """The cross entropy."""
+        del targets
         outputs, routings, coefficient = self.routed(model, inputs["pixel_values"])
-        cross_entropy = F.cross_entropy(outputs.logits.float(), inputs["targets"])
-        loss = cross_entropy + self.balance(routings, coefficient)
-        self.note(self.equal_share, loss=loss, cross_entropy=cross_entropy)
-        return (loss, outputs) if return_outputs else loss
-
-    def balance(self, routings: list[Routing], coefficient: float) -> Tensor | float:
-        """The mean balance loss of the layers whose heads compete, times its coefficient; noted for the log."""
-        balances = [routing.balance_loss for routing in routings if routing.probs_BNH is not None]
-        if not balances:
-            return 0.0
-        self.note_routings(routings, self.equal_share)
-        return coefficient * torch.stack(balances).mean()
+        share = self.equal_share
+        cross_entropy = F.cross_entropy(outputs.logits.float(), inputs["targets"]) * share
+        return PartOfStep(cross_entropy, share, {"cross_entropy": cross_entropy}, routings, coefficient)
 
     def routed(self, model: nn.Module, pixels_BCYX: Tensor, **asked: Any) -> tuple[Any, list[Routing], float]:
         """The output of the model, the routings of its layers, and the weight of their balance loss."""
@@ -108,25 +92,18 @@ class ImageTrainer(RunMixin):
             return outputs, [routing for _, routing in trace.layers], coefficient
         return model(pixel_values=pixels_BCYX, **asked), [], 0.0
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW; what the model exempts, or else all biases and norms, has no weight decay."""
-        if self.optimizer is not None:
-            return self.optimizer
-        exempt = self.base_model.no_weight_decay() if hasattr(self.base_model, "no_weight_decay") else set()
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, parameter in (self.model if model is None else model).named_parameters():
-            if parameter.requires_grad:
-                plain = name.removeprefix("module.")
-                groups[parameter.dim() > 1 and plain not in exempt].append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": groups[True], "weight_decay": self.training.weight_decay},
-                {"params": groups[False], "weight_decay": 0.0},
-            ],
-            lr=self.training.learning_rate,
-            fused=self.args.device.type in ("cpu", "cuda"),
-        )
-        return self.optimizer
+    def group_of(self, name: str, parameter: nn.Parameter) -> Group:
+        """What the model exempts does not decay either."""
+        return "keep" if name in self.exempt else super().group_of(name, parameter)
+
+    def gather_weights(self) -> None:
+        """Brings the parts of a sharded model together."""
+        self.state = self.accelerator.get_state_dict(self.model)
+
+    def write_model(self, folder: Path) -> None:
+        """The model and its image processor."""
+        self.base_model.save_pretrained(folder, state_dict=self.state)
+        self.processor.save_pretrained(folder)
 
 
 class Evaluations(TrainerCallback):
@@ -142,14 +119,14 @@ class Evaluations(TrainerCallback):
         self.trainer = trainer
         self.images = part(images, accelerator.process_index, accelerator.num_processes)
         # In units of checkpoints: they are whole numbers of steps, epochs are not.
-        self.every = round(trainer.training.evaluate_every / trainer.training.save_every)
+        self.every = round(trainer.config.evaluate_every / trainer.config.save_every)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds a row to `evaluations.csv`, behind those of earlier steps."""
         if state.global_step % (self.every * args.save_steps):
             return
         trainer = self.trainer
-        autocast = torch.bfloat16 if trainer.bf16_autocast else None
+        autocast = torch.bfloat16 if trainer.bfloat16 else None
         result = evaluate_images(trainer.base_model, trainer.processor, self.images, 256, autocast=autocast)
         right = int(result.confusion_CL.diagonal().sum())
         counts = torch.tensor([result.images, right, result.top5], dtype=torch.float64, device=args.device)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
 PIXEL_STEP = 1 / 127.5  # between two neighbouring values of 8 bits, where they cover [-1, 1]
 
 
@@ -37,20 +36,22 @@ class DiffusionLosses:
 
 
 class GaussianDiffusion:
-    """The distributions of a scheduler's forward process (Ho et al., arXiv 2006.11239, eqs. 4-7), in float64.
+    """The distributions of a scheduler's forward process (Ho et al., arXiv 2006.11239, eqs. 4-7).
+
+    Noise and velocity are the scheduler's own. The moments of a step back and the bound are not in diffusers, whose
+    schedulers step for one t and draw: they are here, from tables in float64.
 
     Args:
-        betas_T: variance of the noise that every step adds.
-        prediction_type: what the model predicts, under diffusers' names: "epsilon", the noise, as the published models
-            do; or "v_prediction", the velocity sqrt(a) * noise - sqrt(1 - a) * image (Salimans & Ho, arXiv 2202.00512,
-            appendix D), where a is the share of the image's variance that is left: short trainings learn coarse shapes
-            sooner from it, for the error of the noise hardly counts them; or "sample", the image itself, which passes
-            through fewer channels than a patch with its noise has values.
+        scheduler: of diffusers (`DDPMScheduler`). Its `prediction_type` says what the model predicts: "epsilon", the
+            noise, as the published models do; or "v_prediction", the velocity sqrt(a) * noise - sqrt(1 - a) * image
+            (Salimans & Ho, arXiv 2202.00512, appendix D), where a is the share of the image's variance that is left:
+            short trainings learn coarse shapes sooner from it, for the error of the noise hardly counts them; or
+            "sample", the image itself, which passes through fewer channels than a patch with its noise has values.
     """
 
-    def __init__(self, betas_T: Tensor, prediction_type: PredictionType = "epsilon") -> None:
-        self.prediction_type = prediction_type
-        betas_T = betas_T.double()
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, self.prediction_type = scheduler, scheduler.config.prediction_type
+        betas_T = scheduler.betas.double()
         self.kept_T = torch.cumprod(1 - betas_T, dim=0)  # share of the image's variance after each step
         kept_before_T = torch.cat([betas_T.new_ones(1), self.kept_T[:-1]])
         variance_T = betas_T * (1 - kept_before_T) / (1 - self.kept_T)
@@ -65,24 +66,20 @@ class GaussianDiffusion:
 
     def add_noise(self, image_BCYX: Tensor, noise_BCYX: Tensor, t_B: Tensor) -> Tensor:
         """The image after step t."""
-        kept = _at(self.kept_T, t_B, image_BCYX)
-        return kept.sqrt() * image_BCYX + (1 - kept).sqrt() * noise_BCYX
+        noised: Tensor = self.scheduler.add_noise(image_BCYX, noise_BCYX, t_B)
+        return noised
 
     def remove_noise(self, noised_BCYX: Tensor, noise_BCYX: Tensor, t_B: Tensor) -> Tensor:
         """The image that `add_noise` started from."""
         kept = _at(self.kept_T, t_B, noised_BCYX)
         return (noised_BCYX - (1 - kept).sqrt() * noise_BCYX) / kept.sqrt()
 
-    def velocity(self, image_BCYX: Tensor, noise_BCYX: Tensor, t_B: Tensor) -> Tensor:
-        """What the model predicts as "v_prediction"."""
-        kept = _at(self.kept_T, t_B, image_BCYX)
-        return kept.sqrt() * noise_BCYX - (1 - kept).sqrt() * image_BCYX
-
     def target(self, image_BCYX: Tensor, noise_BCYX: Tensor, t_B: Tensor) -> Tensor:
         """What the model shall predict."""
-        if self.prediction_type == "epsilon":
-            return noise_BCYX
-        return image_BCYX if self.prediction_type == "sample" else self.velocity(image_BCYX, noise_BCYX, t_B)
+        if self.prediction_type == "v_prediction":
+            velocity: Tensor = self.scheduler.get_velocity(image_BCYX, noise_BCYX, t_B)
+            return velocity
+        return noise_BCYX if self.prediction_type == "epsilon" else image_BCYX
 
     def noise_of(self, predicted_BCYX: Tensor, noised_BCYX: Tensor, t_B: Tensor) -> Tensor:
         """The noise in a noised image, by what the model predicted."""

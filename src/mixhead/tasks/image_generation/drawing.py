@@ -20,7 +20,7 @@ from mixhead.data.image_files import image_files, read_image
 from mixhead.data.latents import processes
 from mixhead.data.noised_images import square
 from mixhead.errors import MixheadError
-from mixhead.files import settle, write_bytes
+from mixhead.files import changes_since_begun, write_bytes
 from mixhead.tasks.image_generation.sampling import OnProgress, class_names, grid, sample_images
 from mixhead.tasks.image_generation.sampling_config import SamplingConfig
 
@@ -107,7 +107,7 @@ def draw_folder(
     files = [sample_path(folder, number, names[label]) for number, label in enumerate(classes)]
     if state.is_main_process:
         asked = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
-        different = settle(folder / MANIFEST, {**asked, "classes": list(names), **fingerprint(model)})
+        different = changes_since_begun(folder / MANIFEST, {**asked, "classes": list(names), **fingerprint(model)})
         if different:
             raise MixheadError(
                 f"{folder} holds images that were drawn in another way ({', '.join(different)}): give another name, or "

@@ -110,24 +110,3 @@ class ClassifierFeatures(FeatureExtractor):
 def colour(images_NCYX: Tensor) -> Tensor:
     """Grey images with three equal channels; colour ones as they are."""
     return images_NCYX.expand(-1, 3, -1, -1) if images_NCYX.shape[1] == 1 else images_NCYX
-
-
-def feature_extractor(name: str) -> FeatureExtractor:
-    """The extractor behind a name on the command line.
-
-    Args:
-        name: "efficientnet-lite0", a file of Inception-v3 weights, or the folder of a small classifier.
-    """
-    path = Path(name)
-    if name == EFFICIENTNET:
-        return EfficientNetFeatures()
-    if path.is_dir():
-        return ClassifierFeatures(path)
-    if path.is_file():
-        from mixhead.tasks.image_generation.inception import InceptionFeatures
-
-        return InceptionFeatures(path)
-    raise MixheadError(
-        f"The features {name} are unknown: give {EFFICIENTNET}, a file with the weights of Inception-v3, or the "
-        "folder of a small classifier (`mixhead train fashion-mnist-features` makes one)."
-    )

@@ -13,12 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.tasks.image_generation.features import FeatureExtractor, Features
+from mixhead.tasks.image_generation.features import (
+    EFFICIENTNET,
+    ClassifierFeatures,
+    EfficientNetFeatures,
+    FeatureExtractor,
+    Features,
+)
+from mixhead.tasks.image_generation.inception import InceptionFeatures
 
 SPLIT = 5000  # images of one Inception Score, of which the mean is taken
 SUBSET = 10_000  # images that precision and recall are measured on
@@ -246,3 +254,22 @@ def statistics(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> ImageS
 def _features(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Iterator[Features]:
     for images in batches:
         yield extractor(images)
+
+
+def feature_extractor(name: str) -> FeatureExtractor:
+    """The extractor behind a name on the command line.
+
+    Args:
+        name: "efficientnet-lite0", a file of Inception-v3 weights, or the folder of a small classifier.
+    """
+    path = Path(name)
+    if name == EFFICIENTNET:
+        return EfficientNetFeatures()
+    if path.is_dir():
+        return ClassifierFeatures(path)
+    if path.is_file():
+        return InceptionFeatures(path)
+    raise MixheadError(
+        f"The features {name} are unknown: give {EFFICIENTNET}, a file with the weights of Inception-v3, or the "
+        "folder of a small classifier (`mixhead train fashion-mnist-features` makes one)."
+    )

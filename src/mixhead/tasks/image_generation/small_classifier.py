@@ -8,22 +8,24 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
-from mixhead.data.noised_images import generation_images, pixel_inputs
+from mixhead.data.noised_images import PixelInputs, generation_images, pixel_inputs
 from mixhead.errors import MixheadError
-from mixhead.files import write_folder, write_text
-from mixhead.training.recipes import Recipe, settings_from
-from mixhead.training.run import open_run, run_training
-from mixhead.training.trainer import RunMixin, TrainingResult, training_arguments
+from mixhead.files import write_text
+from mixhead.training.config import Count, Positive, Precision, RunConfig, Schedule, Share, Source
+from mixhead.training.recipes import settings_from
+from mixhead.training.run import Metrics
+from mixhead.training.trainer import PartOfStep, RunTrainer, Samples
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,9 @@ class SmallClassifier(nn.Module):
         return model
 
 
-@dataclass(frozen=True)
-class ClassifierSettings:
-    """The recipe of a run.
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(RunConfig):
+    """How a small classifier is trained; see `RunConfig` for what is not listed here.
 
     Attributes:
         images: what is trained on, see `generation_images`; its test split measures the accuracy.
@@ -97,34 +99,59 @@ class ClassifierSettings:
         widths: channels after each convolution.
         epochs: passes over the images.
         batch_size: images of one optimizer step.
-        learning_rate: of AdamW; falls linearly to 0.
-        seed: of the weights and the order of the images.
     """
 
-    images: str
-    size: int
+    images: Annotated[str, Source(("fashion-mnist", "emoji"))]
+    size: Count
     channels: int
     widths: tuple[int, ...] = (16, 32, 64, 64)
-    epochs: int = 2
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    seed: int = 0
+    epochs: Count = 2
+    batch_size: Count = 128
+    learning_rate: Positive = 2e-3
+    schedule: Schedule = "linear"
+    warmup: Share = 0.1
+    max_grad_norm: Annotated[float, Ge(0)] = 1.0
+    precision: Precision = "float32"
 
 
-class ClassifierTrainer(RunMixin, Trainer):
-    """Cross entropy, and the share of the images that are classified correctly."""
+class ClassifierTrainer(RunTrainer[ClassifierConfig]):
+    """Cross entropy, and the share of the images that are classified correctly.
+
+    Args:
+        model: trained in place.
+        config: how to train.
+        inputs: images in memory.
+        run: folder of the run.
+    """
 
     columns = ("loss", "correct")
     unit = "images"
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def __init__(self, model: SmallClassifier, config: ClassifierConfig, inputs: PixelInputs, run: Path) -> None:
+        assert inputs.kept_MCYX is not None
+        self.classifier = model
+        data = TensorDataset(inputs.kept_MCYX, inputs.labels_M)
+        samples = Samples(
+            dataset=lambda length: data,
+            collate=collate,
+            steps=lambda per_step: config.epochs * len(data) // per_step,
+            batch_size=config.batch_size,
+        )
+        super().__init__(model, config, samples, run, train_sampling_strategy="random")
+
+    def part_of_step(self, model: nn.Module, inputs: dict[str, Any], targets: Tensor | int | None) -> PartOfStep:
+        """The cross entropy."""
+        del targets
         images, labels = inputs["images"], inputs["classes"]
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        self.note(self.equal_share, loss=loss, correct=(logits.argmax(1) == labels).float().mean())
-        return (loss, logits) if return_outputs else loss
+        logits, share = model(images), self.equal_share
+        correct = (logits.argmax(1) == labels).float().mean() * share
+        return PartOfStep(F.cross_entropy(logits, labels) * share, share, {"correct": correct})
+
+    def write_model(self, folder: Path) -> None:
+        """The classifier, with its accuracy."""
+        model = self.classifier.eval()
+        model.sizes = replace(model.sizes, accuracy=accuracy(model, self.config))
+        model.save(folder)
 
 
 def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -133,43 +160,30 @@ def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return {"images": images, "classes": classes}
 
 
-def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
-    """Trains by a recipe, see `ClassifierSettings`; Ctrl-C leaves a run that `resume` continues."""
-    settings = settings_from(ClassifierSettings, recipe.values)
-    images = pixel_inputs(generation_images(settings.images), settings.size, settings.channels)
-    if images.kept_MCYX is None:
-        raise MixheadError(f"{settings.images} does not fit into memory: take fewer or smaller images.")
-    config = SmallClassifierConfig(
-        settings.channels, settings.size, len(images.classes), settings.widths, settings.images
-    )
-    set_seed(settings.seed)
-    model = SmallClassifier(config)
-    steps = settings.epochs * len(images.labels_M) // settings.batch_size
-    arguments = training_arguments(
-        run,
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=min(100, steps // 10),
-        save_steps=500,
-        train_sampling_strategy="random",
-        seed=settings.seed,
-    )
-    data = TensorDataset(images.kept_MCYX, images.labels_M)
-    trainer = ClassifierTrainer(model=model, args=arguments, train_dataset=data, data_collator=collate)
-    trainer.units_per_step = settings.batch_size * arguments.world_size
-    done = open_run(trainer, "run.json", {"task": recipe.task, **recipe.values}, resume)
-    seconds = run_training(trainer, done, "Training")
-    model.sizes = replace(config, accuracy=accuracy(model.eval(), settings))
-    write_folder(run / "model", model.save)
-    return TrainingResult(run / "model", {"accuracy": model.sizes.accuracy, "seconds": seconds})
+def build(config: ClassifierConfig, run: Path) -> ClassifierTrainer:
+    """The trainer for a recipe.
+
+    Raises:
+        MixheadError: where the images do not fit into memory.
+    """
+    inputs = pixel_inputs(generation_images(config.images), config.size, config.channels)
+    if inputs.kept_MCYX is None:
+        raise MixheadError(f"{config.images} does not fit into memory: take fewer or smaller images.")
+    sizes = SmallClassifierConfig(config.channels, config.size, len(inputs.classes), config.widths, config.images)
+    set_seed(config.seed)
+    return ClassifierTrainer(SmallClassifier(sizes), config, inputs, run)
+
+
+def measure(trainer: ClassifierTrainer, folder: Path) -> Metrics:
+    """The accuracy on the test images."""
+    del folder
+    return {"accuracy": trainer.classifier.sizes.accuracy}
 
 
 @torch.inference_mode()
-def accuracy(model: SmallClassifier, settings: ClassifierSettings) -> float:
+def accuracy(model: SmallClassifier, config: ClassifierConfig) -> float:
     """Share of the test images that are classified correctly."""
-    test = pixel_inputs(generation_images(settings.images, "test"), settings.size, settings.channels)
+    test = pixel_inputs(generation_images(config.images, "test"), config.size, config.channels)
     assert test.kept_MCYX is not None
     batches = zip(test.kept_MCYX.split(500), test.labels_M.split(500), strict=True)
     device = next(model.parameters()).device

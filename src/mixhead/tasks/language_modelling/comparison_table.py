@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mixhead.errors import MixheadError
 from mixhead.tasks.language_modelling.evaluate import Accuracy, Perplexity, ratio_band
@@ -59,7 +59,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class Comparison:
     """The comparison that is always the same: originals, the published recipe, ours.
 
     What stands in brackets behind a figure is its 95% band; that of a ratio is over windows of the same text.
@@ -141,21 +141,6 @@ class Table:
         ]
         return json.dumps({"title": self.title, "rows": rows, "notes": list(self.notes)}, indent=2) + "\n"
 
-    @classmethod
-    def from_json(cls, text: str) -> Table:
-        """Reads what `to_json` wrote.
-
-        Raises:
-            MixheadError: where the text is no such table.
-        """
-        try:
-            data = json.loads(text)
-            return cls(data["title"], tuple(_row_from(row) for row in data["rows"]), tuple(data["notes"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MixheadError(
-                f"This is not a table that mixhead wrote ({error}); give the JSON of Table.to_json."
-            ) from error
-
     def to_rich(self) -> rich.table.Table:
         """The table for a terminal."""
         import rich.table  # only terminals need it
@@ -166,16 +151,6 @@ class Table:
         for row, cells in zip(self.rows, self.cells(), strict=True):
             table.add_row(*cells, style="dim" if row.original else None)
         return table
-
-
-def _row_from(data: dict[str, Any]) -> Row:
-    known = {field.name: data[field.name] for field in dataclasses.fields(Row)}
-    measured = known["perplexity"]
-    known["perplexity"] = Perplexity(**{**measured, "window_nll": tuple(measured["window_nll"])})
-    for name in ("cloze", "choice"):
-        if known[name] is not None:
-            known[name] = Accuracy(**{**known[name], "hits": tuple(known[name]["hits"])})
-    return Row(**known)
 
 
 def _duration(seconds: float) -> str:

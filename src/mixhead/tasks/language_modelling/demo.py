@@ -19,11 +19,11 @@ from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, convert
 from mixhead.data.text import text_source, token_windows
 from mixhead.precision import autocast_dtype
 from mixhead.recording import keep_routing
-from mixhead.tasks.language_modelling.comparison_table import Row, Table
+from mixhead.tasks.language_modelling.comparison_table import Comparison, Row
 from mixhead.tasks.language_modelling.demo_config import DemoConfig
 from mixhead.tasks.language_modelling.evaluate import heads_of, perplexity
 from mixhead.tasks.language_modelling.lm_eval_tasks import evaluate_tasks, write_tasks
-from mixhead.tasks.language_modelling.tune import TuneConfig, tune
+from mixhead.tasks.language_modelling.train import TuneConfig, tune
 
 WINDOW = 512
 PROMPT = "My fellow Americans, the state of the Union is"
@@ -44,7 +44,7 @@ class DemoResult:
         model_folder: the tuned converted model.
     """
 
-    table: Table
+    table: Comparison
     samples: dict[str, str]
     load: Tensor
     seconds: float
@@ -97,7 +97,7 @@ class Demo:
             f"{WINDOW} tokens, {self.config.questions} questions of each task; one seed.",
             "published recipe: the first 4 heads shared, the others chosen by the norm of their query.",
         )
-        table = Table("SmolLM2-135M as mixture-of-head", tuple(rows), notes)
+        table = Comparison("SmolLM2-135M as mixture-of-head", tuple(rows), notes)
         return DemoResult(table, samples, self.load_of_heads(ours, test_WT[:4]), time.perf_counter() - start, folder)
 
     @property

@@ -1,7 +1,9 @@
-"""The `Trainer` of transformers with the loss, the optimizer and the order of the data of `tune`."""
+"""The loss, the optimizer's groups and the order of the data of `tune`, on the trainer of every run."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead.data.order import SEED_STRIDE, ShuffledRounds
 from mixhead.errors import MixheadError
@@ -17,7 +20,8 @@ from mixhead.models.hugging_face.balance import balance_term, target_share
 from mixhead.tasks.language_modelling.config import TuneConfig
 from mixhead.tasks.language_modelling.losses import next_token_losses
 from mixhead.training.health import HEALTH
-from mixhead.training.trainer import RunMixin, training_arguments
+from mixhead.training.optimizer import Group
+from mixhead.training.trainer import PartOfStep, RunTrainer, Samples
 
 ROUTER = "moh_router"
 SKIPPED = "moh_skipped"  # stands in for the output of a skipped head, a bias in all but its shape
@@ -46,54 +50,55 @@ def collate(windows: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids_BT, "labels": ids_BT}
 
 
-class TuneTrainer(RunMixin):
-    """Differs from the stock Trainer in what its methods say, and in nothing else.
+class TuneTrainer(RunTrainer[TuneConfig]):
+    """The log has, beside the loss that is minimised: the cross entropy and tau^2 KL(teacher || student), both in nats.
 
-    The log has, beside the loss that is minimised: the cross entropy and tau^2 KL(teacher || student), both in nats.
+    Args:
+        model: converted or not; low-rank updates are put onto it where the configuration asks for them.
+        config: how to train.
+        windows_WT: token ids.
+        run: folder of the run.
+        teacher: the model to distil from.
+        tokenizer: saved beside the model.
     """
 
     columns = ("loss", "cross_entropy", "distillation", *HEALTH)
     unit = "tokens"
 
     def __init__(
-        self, model: nn.Module, config: TuneConfig, windows_WT: Tensor, run: Path, teacher: nn.Module | None
+        self,
+        model: PreTrainedModel,
+        config: TuneConfig,
+        windows_WT: Tensor,
+        run: Path,
+        teacher: nn.Module | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.tuning, self.teacher = config, teacher
-        self.keep_checkpoints, self.bf16 = config.keep_checkpoints, config.bf16
-        per_step = config.batch_size * config.gradient_accumulation
-        arguments = training_arguments(
-            run,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation,
-            max_steps=1,  # set below: it depends on the number of processes, which these arguments find out
-            max_grad_norm=config.max_grad_norm,
-            save_steps=config.save_every,
-            seed=config.seed,
-            average_tokens_across_devices=True,
+        self.windows_WT, self.teacher, self.tokenizer = windows_WT, teacher, tokenizer
+        self.router_factor = config.router_learning_rate_factor
+        self.merged = model  # what is saved in the end
+        samples = Samples(
+            dataset=lambda length: WindowOrder(windows_WT, length, config.seed),
+            collate=collate,
+            steps=partial(steps_of, config.tokens, windows_WT.shape[1]),
+            batch_size=config.batch_size,
+            units=windows_WT.shape[1],
         )
-        self.units_per_step = per_step * arguments.world_size * windows_WT.shape[1]
-        self.steps = config.tokens // self.units_per_step
-        if self.steps == 0:
-            raise MixheadError(
-                f"tokens={config.tokens:,} does not reach for one optimizer step, which reads {self.units_per_step:,} "
-                f"tokens ({per_step * arguments.world_size} windows of {windows_WT.shape[1]})."
-            )
-        arguments.max_steps = self.steps
-        self.learning_rate_factor = partial(config.factor, steps=self.steps)
-        order = WindowOrder(windows_WT, self.steps * per_step * arguments.world_size, config.seed)
-        super().__init__(model=model, args=arguments, train_dataset=order, data_collator=collate)
+        trained = with_lora(model, config.lora_rank) if config.lora_rank else model
+        super().__init__(trained, config, samples, run, activation_checkpointing=False)
+        if config.gradient_checkpointing:
+            # Not left to the Trainer, which would switch it on for good: `tune` switches it off in the end.
+            if not model.supports_gradient_checkpointing:
+                raise MixheadError(f"{type(model).__name__} does not support gradient checkpointing.")
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.is_converted = isinstance(self.base_model, MoHModelMixin)
         if teacher is not None:
-            teacher.to(arguments.device)
+            teacher.to(self.args.device)
 
-    # Loss
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """(1 - w) cross entropy + w distillation + balance, each as this micro-batch's share of the step's mean."""
+    def part_of_step(self, model: nn.Module, inputs: dict[str, Any], targets: Tensor | int | None) -> PartOfStep:
+        """(1 - w) cross entropy + w distillation + balance."""
         ids_BT, labels_BT = inputs["input_ids"], inputs["labels"]
-        w = self.tuning.distillation_weight
+        w = self.config.distillation_weight
         trace = RoutingTrace()
         handed_down = {"routing_trace": trace} if self.is_converted else {}
         outputs = model(input_ids=ids_BT, use_cache=False, **handed_down)
@@ -101,52 +106,74 @@ class TuneTrainer(RunMixin):
         if self.teacher is not None and w > 0.0:
             with torch.no_grad():
                 teacher_logits = self.teacher(input_ids=ids_BT, use_cache=False).logits
+        assert targets is not None
         cross_entropy, distillation = next_token_losses(
-            outputs.logits, labels_BT, num_items_in_batch, teacher_logits, self.tuning.distillation_temperature
+            outputs.logits, labels_BT, targets, teacher_logits, self.config.distillation_temperature
         )
         loss = (1.0 - w) * cross_entropy + w * distillation
-        if self.is_converted:
-            step = {"labels": labels_BT, "num_items_in_batch": num_items_in_batch}
+        share: Tensor | float = 1.0
+        if self.is_converted:  # not left to `PartOfStep`: this one refuses what cannot train the routers
+            step = {"labels": labels_BT, "num_items_in_batch": targets}
             loss = loss + balance_term(self.base_model, trace, step).to(loss)
-            self.note_routings([routing for _, routing in trace.layers], target_share(self.base_model, step))
-        # Both are this micro-batch's part of the step's mean already.
-        self.note(1.0, loss=loss, cross_entropy=cross_entropy)
-        if w > 0.0:
-            self.note(1.0, distillation=distillation)
-        # Each process has its share of the sum over all of them, and their gradients are averaged.
-        loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+            share = target_share(self.base_model, step)
+        log = {"cross_entropy": cross_entropy, **({"distillation": distillation} if w > 0.0 else {})}
+        return PartOfStep(loss, share, log, [routing for _, routing in trace.layers])
 
-    def step_row(self, parts: dict[str, float]) -> dict[str, float]:  # type: ignore[override]
-        """The learning rate is that of the weights, not of the routers."""
-        assert self.optimizer is not None
-        rates = {group["kind"]: group["lr"] for group in self.optimizer.param_groups}
-        of_routers = rates.get("router", 0.0) / (self.tuning.router_learning_rate_factor or 1.0)
-        return {**parts, "learning_rate": rates.get("decay", rates.get("keep", of_routers))}
+    def group_of(self, name: str, parameter: nn.Parameter) -> Group:
+        """Routers are a group of their own; what stands in for skipped heads does not decay."""
+        if f".{ROUTER}." in name:
+            return "router"
+        return "keep" if name.endswith(SKIPPED) else super().group_of(name, parameter)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with three kinds of parameters: those that decay, those that do not, the routers'."""
-        if self.optimizer is not None:
-            return self.optimizer
-        kinds: dict[str, list[nn.Parameter]] = {"decay": [], "keep": [], "router": []}
-        for name, parameter in (self.model if model is None else model).named_parameters():
-            if parameter.requires_grad:
-                constant = parameter.dim() < 2 or name.endswith(SKIPPED)
-                kind = "router" if f".{ROUTER}." in name else "keep" if constant else "decay"
-                kinds[kind].append(parameter)
-        rate = self.tuning.learning_rate
-        groups = [
-            {
-                "params": parameters,
-                "kind": kind,
-                "lr": rate * (self.tuning.router_learning_rate_factor if kind == "router" else 1.0),
-                "weight_decay": self.tuning.weight_decay if kind == "decay" else 0.0,
-            }
-            for kind, parameters in kinds.items()
-            if parameters
-        ]
-        if not groups:
-            raise MixheadError("The model has no parameter that requires a gradient, so there is nothing to tune.")
-        fused = self.args.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=fused)
-        return self.optimizer
+    def fingerprint(self) -> dict[str, Any]:
+        """What the model and the windows are."""
+        return {
+            "architecture": type(self.base_model).__name__,
+            "parameters": sum(p.numel() for p in self.base_model.parameters()),
+            "windows": list(self.windows_WT.shape),
+            "windows_sha256": hashlib.sha256(self.windows_WT.contiguous().numpy().tobytes()).hexdigest(),
+        }
+
+    def gather_weights(self) -> None:
+        """Merges low-rank updates."""
+        self.merged = self.model.merge_and_unload() if self.config.lora_rank else self.model
+
+    def write_model(self, folder: Path) -> None:
+        """The model, and the tokenizer where there is one."""
+        self.merged.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+
+def steps_of(tokens: int, window: int, per_step: int) -> int:
+    """The optimizer steps that a budget of tokens reaches for.
+
+    Raises:
+        MixheadError: where it does not reach for one.
+    """
+    steps = tokens // (per_step * window)
+    if steps == 0:
+        raise MixheadError(
+            f"tokens={tokens:,} does not reach for one optimizer step, which reads {per_step * window:,} tokens "
+            f"({per_step} windows of {window})."
+        )
+    return steps
+
+
+def with_lora(model: PreTrainedModel, rank: int) -> Any:
+    """The model with low-rank updates at every linear layer but the head and the routers, which train in full."""
+    if importlib.util.find_spec("peft") is None:
+        raise MixheadError("lora_rank needs the package peft: run `pip install peft`.")
+    from peft import LoraConfig, get_peft_model
+
+    head = model.get_output_embeddings()
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and f".{ROUTER}." not in f".{name}."
+    ]
+    routers = any(ROUTER in name.split(".") for name, _ in model.named_parameters())
+    lora = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=[ROUTER] if routers else None
+    )
+    return get_peft_model(model, lora)

@@ -11,8 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, cast
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -25,9 +27,8 @@ from mixhead.errors import MixheadError, first_line
 from mixhead.models.moa import MoAEncoderConfig, MoAForMaskedLM
 from mixhead.models.moa.modeling import IGNORED
 from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer, model_config
-from mixhead.training.recipes import Recipe, settings_from
-from mixhead.training.run import open_run, run_training
-from mixhead.training.trainer import TrainingResult
+from mixhead.training.config import Count, Source
+from mixhead.training.run import Metrics
 
 # Names of the files of WikiText-103 in its folder, as published and as Hugging Face writes them.
 WIKITEXT_FILES = ("wiki.{part}.tokens", "wiki.{part}.raw")
@@ -46,19 +47,11 @@ class MaskedLMConfig(MoATrainConfig):
         test_windows: at most so many windows of the test text, spread evenly; None takes all.
     """
 
-    data: str = ADDRESSES
-    window: int = 128
-    batch_size: int = 32
-    mask_share: float = 0.15
-    test_windows: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("window", 2), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise MixheadError(f"{name}={getattr(self, name)} must be at least {least}.")
-        if not 0.0 < self.mask_share < 1.0:
-            raise MixheadError(f"mask_share={self.mask_share} must be above 0 and below 1.")
+    data: Annotated[str, Source((ADDRESSES,))] = ADDRESSES
+    window: Annotated[int, Ge(2)] = 128
+    batch_size: Count = 32
+    mask_share: Annotated[float, Gt(0), Lt(1)] = 0.15
+    test_windows: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -114,42 +107,41 @@ def mask_tokens(
     return seen_BN, ids_BN.masked_fill(~target_BN, IGNORED)
 
 
-def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
-    """Trains what the recipe says and measures its perplexity on the test text.
+class MaskedLMTrainer(MoATrainer):
+    """A trainer on masked windows."""
 
-    Args:
-        recipe: with the settings of `MaskedLMConfig`.
-        run: folder of the run.
-        resume: continues the run in that folder.
+    batches: MaskedBatches
+
+
+def build(config: MaskedLMConfig, run: Path) -> MaskedLMTrainer:
+    """The trainer for a recipe.
 
     Raises:
-        MixheadError: where settings or data cannot be used, the loss becomes NaN, or the disk is full.
-        KeyboardInterrupt: after Ctrl-C, with a checkpoint.
+        MixheadError: where settings or data cannot be used.
     """
-    config = settings_from(MaskedLMConfig, recipe.values)
     texts = masked_texts(config.data, "train")
+    masked_texts(config.data, "test")
     tokenizer = vocabulary_for(config.vocabulary, texts)
     set_seed(config.seed)
     model = MoAForMaskedLM(model_config(MoAEncoderConfig, config.model, len(tokenizer)))
     windows_WN = token_windows(tokenizer, texts, config.window)
     batches = MaskedBatches(windows_WN, tokenizer, config.batch_size, config.mask_share, config.seed)
-    trainer = MoATrainer(model, config, batches, config.batch_size * config.window, run)
-    done = open_run(trainer, "recipe.json", {"recipe": recipe.name, "task": recipe.task, **recipe.values}, resume)
-    seconds = run_training(trainer, done)
-    folder = trainer.save_averaged(tokenizer)
-    metrics: dict[str, float | int | str] = {
-        "training tokens": windows_WN.numel(),
-        "rounds": batches.count * config.batch_size / len(windows_WN),
-        "parameters": model.num_parameters(),
-        "training seconds": round(seconds, 1),
+    return MaskedLMTrainer(model, config, batches, config.batch_size * config.window, run, tokenizer)
+
+
+def measure(trainer: MaskedLMTrainer, folder: Path) -> Metrics:
+    """The perplexity of the saved model on the test text."""
+    config, batches = cast(MaskedLMConfig, trainer.config), trainer.batches
+    network, tokenizer = load_masked_lm(folder)
+    test = token_windows(tokenizer, masked_texts(config.data, "test"), config.window, config.test_windows)
+    result = masked_perplexity(network, tokenizer, test, mask_share=config.mask_share)
+    return {
+        "training tokens": batches.windows_WN.numel(),
+        "rounds": batches.count * config.batch_size / len(batches.windows_WN),
+        "parameters": trainer.base_model.num_parameters(),
+        "test targets": result.targets,
+        "masked perplexity": result.perplexity,
     }
-    if trainer.accelerator.is_main_process:
-        network, tokenizer = load_masked_lm(folder)
-        test = token_windows(tokenizer, masked_texts(config.data, "test"), config.window, config.test_windows)
-        result = masked_perplexity(network, tokenizer, test, mask_share=config.mask_share)
-        metrics |= {"test targets": result.targets, "masked perplexity": result.perplexity}
-    trainer.accelerator.wait_for_everyone()
-    return TrainingResult(folder, metrics)
 
 
 def masked_texts(data: str, split: Split) -> list[str]:

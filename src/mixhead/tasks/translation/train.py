@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -19,15 +20,15 @@ from mixhead.data.aligned_pages import SentencePair
 from mixhead.data.sentence_pairs import read_pairs
 from mixhead.data.token_batches import PairBatches
 from mixhead.data.vocabulary import vocabulary_for
-from mixhead.errors import MixheadError
 from mixhead.models.moa import MoATransformerConfig, MoATransformerForConditionalGeneration
 from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer, model_config
 from mixhead.tasks.translation.config import TranslateConfig
 from mixhead.tasks.translation.scores import TranslationScores, score_translations
 from mixhead.tasks.translation.translate import load_translator, translate_lines
-from mixhead.training.recipes import Recipe, settings_from
-from mixhead.training.run import open_run, run_training
-from mixhead.training.trainer import TrainingResult
+from mixhead.training.config import Count, Share, Source
+from mixhead.training.run import Metrics
+
+NAMES = ("libreoffice-help", "debian-handbook")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,40 +47,30 @@ class TranslationConfig(MoATrainConfig):
         length_penalty: of beam search in the test.
     """
 
-    data: str
-    tests: Mapping[str, str] = field(default_factory=dict)
-    test_sentences: int | None = None
+    data: Annotated[str, Source(NAMES)]
+    tests: Annotated[Mapping[str, str], Source(NAMES)] = field(default_factory=dict)
+    test_sentences: Count | None = None
     languages: tuple[str, str] = ("en", "de")
-    max_tokens: int = 8192
-    max_length: int = 256
-    label_smoothing: float = 0.1
-    beams: int = 4
+    max_tokens: Count = 8192
+    max_length: Count = 256
+    label_smoothing: Share = 0.1
+    beams: Count = 4
     length_penalty: float = 0.6
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("max_tokens", "max_length", "beams"):
-            if getattr(self, name) < 1:
-                raise MixheadError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.test_sentences is not None and self.test_sentences < 1:
-            raise MixheadError(f"test_sentences={self.test_sentences} must be at least 1, or null for all.")
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise MixheadError(f"label_smoothing={self.label_smoothing} must be at least 0 and below 1.")
+
+class TranslationTrainer(MoATrainer):
+    """Knows what its model will be tested on, by name."""
+
+    tests: Mapping[str, Sequence[SentencePair]]
+    batches: PairBatches
 
 
-def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
-    """Trains what the recipe says and scores it on the tests.
-
-    Args:
-        recipe: with the settings of `TranslationConfig`.
-        run: folder of the run.
-        resume: continues the run in that folder.
+def build(config: TranslationConfig, run: Path) -> TranslationTrainer:
+    """The trainer for a recipe.
 
     Raises:
-        MixheadError: where settings or data cannot be used, the loss becomes NaN, or the disk is full.
-        KeyboardInterrupt: after Ctrl-C, with a checkpoint.
+        MixheadError: where settings or data cannot be used.
     """
-    config = settings_from(TranslationConfig, recipe.values)
     tests = {name: read_pairs(source, "test", config.languages) for name, source in config.tests.items()}
     pairs = read_pairs(config.data, "train", config.languages)
     tokenizer = vocabulary_for(config.vocabulary, (side for pair in pairs for side in pair))
@@ -88,23 +79,24 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> TrainingResult:
     model = MoATransformerForConditionalGeneration(sizes)
     batches = PairBatches(tokenizer, pairs, config.max_tokens, config.max_length, config.seed)
     tokens = sum(batches.targets.length(i) for i in batches.lengths) / batches.batches_per_round
-    trainer = MoATrainer(model, config, batches, tokens, run, label_smoothing=config.label_smoothing)
-    done = open_run(trainer, "recipe.json", {"recipe": recipe.name, "task": recipe.task, **recipe.values}, resume)
-    seconds = run_training(trainer, done)
-    folder = trainer.save_averaged(tokenizer)
+    smoothing = {"label_smoothing": config.label_smoothing}
+    trainer = TranslationTrainer(model, config, batches, tokens, run, tokenizer, **smoothing)
+    trainer.tests = {name: spread(test, config.test_sentences) for name, test in tests.items()}
+    return trainer
+
+
+def measure(trainer: TranslationTrainer, folder: Path) -> Metrics:
+    """The scores of the saved model on every test."""
+    batches = trainer.batches
     metrics: dict[str, float | int | str] = {
         "training pairs": len(batches.lengths),
         "rounds": batches.count / batches.batches_per_round,
-        "parameters": model.num_parameters(),
-        "training seconds": round(seconds, 1),
+        "parameters": trainer.base_model.num_parameters(),
     }
-    if trainer.accelerator.is_main_process:
-        network, tokenizer = load_translator(folder)
-        for name, test in tests.items():
-            some = spread(test, config.test_sentences)
-            metrics |= tested(network, tokenizer, name, some, config, trainer.bf16_autocast)
-    trainer.accelerator.wait_for_everyone()
-    return TrainingResult(folder, metrics)
+    network, tokenizer = load_translator(folder)
+    for name, test in trainer.tests.items():
+        metrics |= tested(network, tokenizer, name, test, trainer)
+    return metrics
 
 
 def spread(pairs: Sequence[SentencePair], limit: int | None) -> list[SentencePair]:
@@ -119,15 +111,12 @@ def tested(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     pairs: Sequence[SentencePair],
-    config: TranslationConfig,
-    bf16: bool,
+    trainer: TranslationTrainer,
 ) -> dict[str, float | int | str]:
     """The scores on one test as metrics."""
-    how = TranslateConfig(
-        beams=config.beams,
-        length_penalty=config.length_penalty,
-        dtype=torch.bfloat16 if bf16 else None,
-    )
+    config = cast(TranslationConfig, trainer.config)
+    dtype = torch.bfloat16 if trainer.bfloat16 else None
+    how = TranslateConfig(beams=config.beams, length_penalty=config.length_penalty, dtype=dtype)
     scores, seconds = evaluate_translation(model, tokenizer, pairs, how)
     return {
         f"{name}: sentences": scores.sentences,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -20,14 +21,20 @@ import mixhead
 from mixhead import MixheadError
 from mixhead.models.hugging_face.balance import balance_term, shifts_labels
 from mixhead.tasks.language_modelling import trainer
-from mixhead.tasks.language_modelling.tune import TuneConfig, tune
+from mixhead.tasks.language_modelling.train import TuneConfig, tune
 from mixhead.training import checkpoints
 from mixhead.training.progress import StepLog, read_rows
 
 VOCABULARY, WINDOW = 61, 12
 STEP = 4 * WINDOW  # tokens of an optimizer step in SMALL
 SMALL = TuneConfig(
-    tokens=8 * STEP, batch_size=2, gradient_accumulation=2, learning_rate=1e-2, bf16=False, save_every=3, warmup=0.2
+    tokens=8 * STEP,
+    batch_size=2,
+    gradient_accumulation=2,
+    learning_rate=1e-2,
+    precision="float32",
+    save_every=3,
+    warmup=0.2,
 )
 SAME = (
     "step",
@@ -263,7 +270,7 @@ def test_log_and_result(whole_run):
         "model",
     ]
     assert not list(folder.rglob("*.partial")) and not list(folder.rglob("training_args.bin"))
-    assert json.loads((folder / "tune.json").read_text())["config"]["seed"] == 0
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["seed"] == 0
     loaded = AutoModelForCausalLM.from_pretrained(result.folder)
     assert_same(loaded.state_dict(), result.model.state_dict(), rtol=0, atol=0)
 
@@ -300,7 +307,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(2)
 sys.path[:0] = [{tests!r}]
-import test_tune as t
+import test_train as t
 from mixhead.training import progress
 write, save = progress.StepLog.write, torch.save
 def write_another_half(self, row):
@@ -461,7 +468,7 @@ def test_gradient_checkpointing_and_bf16_train_alike(tmp_path):
     for name, changes in {
         "plain": {},
         "checkpointing": {"gradient_checkpointing": True},
-        "bf16": {"bf16": True},
+        "bf16": {"precision": "bfloat16"},
     }.items():
         model = converted()
         tune(model, windows(), replace(config, **changes), tmp_path / name, progress=False)
@@ -506,7 +513,7 @@ def test_lora_trains_few_weights_resumes_and_is_merged(tmp_path):
     assert_same(dict(loaded.named_parameters()), after, rtol=0, atol=0)
     run = tmp_path / "run"
     run.mkdir()
-    for name in ("tune.json", "log.csv", "checkpoint-6"):
+    for name in ("recipe.yaml", "fingerprint.json", "log.csv", "checkpoint-6"):
         (tmp_path / "whole" / name).rename(run / name)
     expected = rows(run)
     assert tune(converted(), windows(), config, run, resume=True, progress=False).resumed_from == 6
@@ -518,7 +525,7 @@ import sys
 import torch
 torch.set_num_threads(1)
 sys.path[:0] = [{tests!r}]
-import test_tune as t
+import test_train as t
 config = t.replace(t.SMALL, gradient_accumulation=1, tokens=4 * t.STEP)
 t.tune(t.converted(), t.windows(), config, {folder!r}, progress=False)
 """
@@ -533,7 +540,7 @@ def test_two_processes_train_as_one_with_two_micro_batches(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     tune(converted(), windows(), replace(SMALL, tokens=4 * STEP), tmp_path / "one", progress=False)
-    assert json.loads((tmp_path / "two" / "tune.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "two" / "fingerprint.json").read_text())["processes"] == 2
     columns = ("step", "tokens", "loss", "cross_entropy", "balance", "smallest_load", "load_entropy", "gradient_norm")
     for one, other in zip(rows(tmp_path / "one", columns), rows(tmp_path / "two", columns), strict=True):
         assert [float(v) for v in one.values()] == pytest.approx([float(v) for v in other.values()], rel=1e-4)

@@ -1,34 +1,35 @@
-"""`tune`: trains a causal language model, converted or not, on token windows.
+"""Language modelling: a causal language model, converted or not, is tuned on token windows.
 
-A run lives in one folder: `tune.json` (what was asked for), `log.csv` and `tensorboard/` (a row for every optimizer
-step), `checkpoint-N/` (to continue from) and, at the end, `model/` (for `from_pretrained`). A run that was killed
-continues with `resume=True`, with the same losses as if nothing had happened.
+`tune` takes models and windows in memory; `build` makes them from a recipe. Both are one training, see
+`mixhead.training`.
 
 Shape legend of this file: W windows, T tokens in a window.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from mixhead import store
+from mixhead.data.fetch import cache_folder
+from mixhead.data.text import text_source, token_windows
 from mixhead.errors import MixheadError
-from mixhead.files import WRITE_ERRORS, write_folder
+from mixhead.interop.smollm2 import smollm2_folder
 from mixhead.models.hugging_face import MoHModelMixin
-from mixhead.tasks.language_modelling.config import TuneConfig
-from mixhead.tasks.language_modelling.trainer import ROUTER, TuneTrainer
+from mixhead.tasks.language_modelling.config import SMOLLM2, LanguageModellingConfig, TuneConfig
+from mixhead.tasks.language_modelling.trainer import TuneTrainer
 from mixhead.training.progress import last_tenth
-from mixhead.training.run import LOG, open_run, run_training
+from mixhead.training.run import LOG, Metrics, train
 
 __all__ = ["TuneConfig", "TuneResult", "tune"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,38 +91,75 @@ def tune(
             that were complete stay.
         KeyboardInterrupt: after Ctrl-C, when the running step has ended and a checkpoint is written.
     """
-    config = TuneConfig() if config is None else config
-    run = Path(output_dir)
+    was_training = model.training
+    trainer = tuner(model, windows_WT, config or TuneConfig(), Path(output_dir), teacher, tokenizer)
+    try:
+        result = train(trainer, "language_modelling", resume, title="Tuning", progress=progress)
+    finally:
+        model.train(was_training)
+        if trainer.config.gradient_checkpointing:
+            model.activation_checkpointing_disable()
+    steps = trainer.args.max_steps
+    return TuneResult(
+        model=trainer.merged,
+        folder=result.folder,
+        log=trainer.run_folder / LOG,
+        steps=steps,
+        tokens=steps * trainer.units_per_step,
+        seconds=result.seconds,
+        loss=final_loss(trainer.run_folder),
+        resumed_from=result.resumed_from,
+    )
+
+
+def build(config: LanguageModellingConfig, run: Path) -> TuneTrainer:
+    """The trainer for a recipe.
+
+    Raises:
+        MixheadError: where there is no such model or text, or they do not fit together.
+    """
+    if (config.teacher is None) != (config.distillation_weight == 0.0):
+        raise MixheadError("Distillation needs both: give a teacher and a distillation_weight above 0.")
+    model, tokenizer = store.load_causal_lm(model_folder(config.model))
+    teacher = None if config.teacher is None else store.load_causal_lm(model_folder(config.teacher))[0]
+    windows_WT = token_windows(tokenizer, text_source(config.text, "train"), config.window)
+    return tuner(model, windows_WT, config, run, teacher, tokenizer)
+
+
+def measure(trainer: TuneTrainer, folder: Path) -> Metrics:
+    """The loss of the last steps; `mixhead evaluate` measures on a text that was not trained on."""
+    del folder
+    tokens = trainer.args.max_steps * trainer.units_per_step
+    return {"training tokens": tokens, "last loss (nats)": final_loss(trainer.run_folder)}
+
+
+def model_folder(name: str) -> Path:
+    """The folder that a model's name in a recipe stands for."""
+    return smollm2_folder(cache_folder(), say=logger.info) if name == SMOLLM2 else Path(name)
+
+
+def final_loss(run: Path) -> float:
+    """Mean cross entropy of the last tenth of the steps, in nats."""
+    last = [float(row["cross_entropy"]) for row in last_tenth(run / LOG)]
+    return sum(last) / max(len(last), 1)
+
+
+def tuner(
+    model: PreTrainedModel,
+    windows_WT: Tensor,
+    config: TuneConfig,
+    run: Path,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> TuneTrainer:
+    """The trainer of a model, after all has been checked that it is made of."""
     _check_arguments(model, windows_WT, config, teacher)
     if isinstance(model, MoHModelMixin) and config.balance_coefficient is not None:
         model.config.moh = {**model.config.moh, "balance_coefficient": config.balance_coefficient}
+    if teacher is not None:
+        teacher.eval()
     set_seed(config.seed)
-    trained = _with_lora(model, config) if config.lora_rank else model
-    with ExitStack() as undo:
-        if config.gradient_checkpointing:
-            _enable_checkpointing(model)
-            undo.callback(_disable_checkpointing, model)
-        was_training = model.training
-        undo.callback(lambda: model.train(was_training))
-        if teacher is not None:
-            teacher.eval()
-        trainer = TuneTrainer(trained, config, windows_WT, run, teacher)
-        done = open_run(trainer, "tune.json", _passport(trainer.base_model, windows_WT, config), resume)
-        seconds = run_training(trainer, done, "Tuning", progress)
-        merged = trained.merge_and_unload() if config.lora_rank else trained
-        folder = _save(trainer, merged, tokenizer)
-    trainer.accelerator.wait_for_everyone()
-    last = [float(row["cross_entropy"]) for row in last_tenth(run / LOG)]
-    return TuneResult(
-        model=merged,
-        folder=folder,
-        log=run / LOG,
-        steps=trainer.steps,
-        tokens=trainer.steps * trainer.units_per_step,
-        seconds=seconds,
-        loss=sum(last) / max(len(last), 1),
-        resumed_from=done,
-    )
+    return TuneTrainer(model, config, windows_WT, run, teacher, tokenizer)
 
 
 def _check_arguments(
@@ -154,75 +192,5 @@ def _check_arguments(
     ):
         raise MixheadError(
             "The weights are in half precision, where small updates are lost: load the model with dtype=torch.float32 "
-            "(bf16=True still computes in bfloat16), or train low-rank updates (lora_rank)."
+            "(precision=bfloat16 still computes in it), or train low-rank updates (lora_rank)."
         )
-
-
-def _with_lora(model: PreTrainedModel, config: TuneConfig) -> Any:
-    """The model with low-rank updates at every linear layer but the head and the routers, which train in full."""
-    if importlib.util.find_spec("peft") is None:
-        raise MixheadError("lora_rank needs the package peft: run `pip install peft`.")
-    from peft import LoraConfig, get_peft_model
-
-    head = model.get_output_embeddings()
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and f".{ROUTER}." not in f".{name}."
-    ]
-    routers = any(ROUTER in name.split(".") for name, _ in model.named_parameters())
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank,
-        target_modules=targets,
-        modules_to_save=[ROUTER] if routers else None,
-    )
-    return get_peft_model(model, lora)
-
-
-def _enable_checkpointing(model: PreTrainedModel) -> None:
-    """Non-reentrant: the reentrant form runs the routers without gradients, and the balance loss would be lost."""
-    if not model.supports_gradient_checkpointing:
-        raise MixheadError(f"{type(model).__name__} does not support gradient checkpointing.")
-    how = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-    else:  # transformers before 5.20
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
-
-
-def _disable_checkpointing(model: PreTrainedModel) -> None:
-    if hasattr(model, "activation_checkpointing_disable"):
-        model.activation_checkpointing_disable()
-    else:
-        model.gradient_checkpointing_disable()
-
-
-def _passport(model: PreTrainedModel, windows_WT: Tensor, config: TuneConfig) -> dict[str, Any]:
-    """What makes this run the one that it is."""
-    return {
-        "config": asdict(config),
-        "model": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "windows": list(windows_WT.shape),
-        "windows_sha256": hashlib.sha256(windows_WT.contiguous().numpy().tobytes()).hexdigest(),
-    }
-
-
-def _save(trainer: TuneTrainer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Path:
-    folder = trainer.run_folder / "model"
-
-    def write(partial: Path) -> None:
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-
-    if trainer.accelerator.is_main_process:
-        try:
-            write_folder(folder, write)
-        except WRITE_ERRORS as error:
-            raise MixheadError(
-                f"The tuned model cannot be written to {folder} ({error}). {trainer.where_to_resume()} "
-                "Free some disk first."
-            ) from error
-    return folder
