@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mixhead.report.comparison import plot_perplexity
-from mixhead.tasks.language_modelling.comparison_table import Row, Table
+from mixhead.tasks.language_modelling.comparison_table import Comparison, Row
 from mixhead.tasks.language_modelling.evaluate import Perplexity
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -24,7 +24,7 @@ def drawn(monkeypatch, tmp_path):
 
     def draw(perplexities):
         rows = [Row(f"model {n}", 7, 9, 0, Perplexity(math.log(of), 9, 1.0)) for n, of in enumerate(perplexities)]
-        plot_perplexity(Table("", tuple(rows)), tmp_path / "perplexity.png")
+        plot_perplexity(Comparison("", tuple(rows)), tmp_path / "perplexity.png")
         assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG")
         return figures[-1].axes[0]
 
