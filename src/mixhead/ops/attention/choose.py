@@ -8,12 +8,15 @@ Shape legend: B batch, N queries, T keys, H query heads, K key-value heads, D he
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from mixhead.ops import cpu, triton
 from mixhead.ops.choice import Choice
-from mixhead.ops.crossover.rulings import Ruling, What, known, ruling, share_of
+from mixhead.ops.crossover.rulings import Ruling, What, known, look_up, ruling, share_of, table_now
+from mixhead.ops.crossover.table import Table, inside
 from mixhead.routing import Routing
 
 FEW_QUERIES = 7  # against more keys: what the kernel does for a cache is another thing than what it does for a prompt
@@ -52,26 +55,31 @@ def kernel_at_once(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Rout
     the arguments fit each other is left to the kernel.
     """
     gates_BNH = routing.gates_BNH
-    gradient = wants_gradient(q_BHND, k_BKTD, gates_BNH)
-    return gates_BNH.is_cpu and routing.selected_BNH.is_cpu and kernel_pays(q_BHND, k_BKTD, v_BKTD, causal, gradient)
+    return (
+        gates_BNH.is_cpu
+        and routing.selected_BNH.is_cpu
+        and kernel_pays(q_BHND, k_BKTD, v_BKTD, causal, wants_gradient(q_BHND, k_BKTD, gates_BNH))
+    )
 
 
 def kernel_pays(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, causal: bool, gradient: bool) -> bool:
     """The same, whatever the routing."""
-    return (
+    if not (
         not torch.compiler.is_compiling()
         and cpu.loaded_level() is not None
-        and q_BHND.dtype in cpu.DTYPES
         and q_BHND.is_cpu
         and k_BKTD.is_cpu
         and v_BKTD.is_cpu
-        and q_BHND.dim() == k_BKTD.dim() == 4
-        and q_BHND.numel() > 0
-        and k_BKTD.numel() > 0
         and not cpu.transformed()
         and not torch.is_autocast_enabled("cpu")
-        and ruling_of("cpu", q_BHND, k_BKTD, causal, False, gradient)[0] >= 1.0
-    )
+    ):
+        return False
+    q_shape, k_shape = q_BHND.shape, k_BKTD.shape
+    if not (len(q_shape) == len(k_shape) == 4 and q_shape[0] and q_shape[1]):
+        return False
+    width, query_digits, key_digits = q_shape[3], q_shape[2].bit_length(), k_shape[2].bit_length()
+    table, dtype = table_now("attention"), q_BHND.dtype
+    return ruling_of_class(table, "cpu", dtype, width, query_digits, key_digits, causal, False, gradient)[0] >= 1.0
 
 
 def portable(
@@ -107,10 +115,36 @@ def packed_share(q_BHND: Tensor, k_BKTD: Tensor, routing: Routing, attn_mask: Te
 def ruling_of(engine: str, q_BHND: Tensor, k_BKTD: Tensor, causal: bool, masked: bool, gradient: bool) -> Ruling:
     """Up to which share of the heads that engine is taken for arguments of these sizes, and why."""
     (_, _, queries, width), keys = q_BHND.shape, k_BKTD.shape[2]
-    if not gradient and known(queries) and queries <= FEW_QUERIES and (not known(keys) or keys > queries):
-        return ruling("attention", engine, What(q_BHND.dtype, gradient, masked=masked, cache=True), width, keys)
-    # Under both masks the stock kernel skips nothing, as under the one.
-    return ruling("attention", engine, What(q_BHND.dtype, gradient, causal and not masked, masked), width, queries)
+    if torch.compiler.is_compiling():
+        few = known(queries) and queries <= FEW_QUERIES and (not known(keys) or keys > queries)
+        cache = few and not gradient
+        what = What(q_BHND.dtype, gradient, causal and not masked and not cache, masked, cache)
+        return ruling("attention", engine, what, width, keys if cache else queries)
+    table = table_now("attention")
+    digits = (queries.bit_length(), keys.bit_length())
+    return ruling_of_class(table, engine, q_BHND.dtype, width, *digits, causal, masked, gradient)
+
+
+@functools.lru_cache(maxsize=4096)
+def ruling_of_class(
+    table: Table,
+    engine: str,
+    dtype: torch.dtype,
+    width: int,
+    query_digits: int,
+    key_digits: int,
+    causal: bool,
+    masked: bool,
+    gradient: bool,
+) -> Ruling:
+    """The ruling for all numbers of queries and keys with so many binary digits: each call finds its own ready."""
+    if query_digits == 0 or key_digits == 0:
+        return 0.0, "there is nothing to compute"
+    queries, keys = inside(query_digits), inside(key_digits)
+    cache = queries <= FEW_QUERIES and keys > queries and not gradient
+    # Under both masks the stock kernel skips nothing, as under the one; a query of a cache sees most of its keys.
+    what = What(dtype, gradient, causal and not masked and not cache, masked, cache)
+    return look_up(table, "attention", engine, what, width, keys if cache else queries, fused=False)
 
 
 def wants_gradient(q: Tensor, k: Tensor, gates: Tensor) -> bool:

@@ -38,7 +38,12 @@ def ruling(operator: str, engine: str, what: What, width: int, size: int) -> Rul
         return ruling_of_graph(
             operator, engine, *sizes, what.dtype, what.gradient, what.causal, what.masked, what.cache
         )
-    return ruling_of_class(table(operator, torch.get_num_threads()), operator, engine, what, width, size.bit_length())
+    return ruling_of_class(table_now(operator), operator, engine, what, width, size.bit_length())
+
+
+def table_now(operator: str) -> Table:
+    """The table of an operator for the present number of threads."""
+    return table(operator, torch.get_num_threads())
 
 
 def known(size: int) -> bool:
@@ -59,7 +64,7 @@ def ruling_of_class(measured: Table, operator: str, engine: str, what: What, wid
 @constant_when_compiled
 def ruling_of_graph(operator: str, engine: str, width: int | None, size: int | None, *what: Any) -> Ruling:
     """The ruling in a compiled graph, where gates cost the dense computation nothing; `what` is a What in parts."""
-    return look_up(table(operator, torch.get_num_threads()), operator, engine, What(*what), width, size, fused=True)
+    return look_up(table_now(operator), operator, engine, What(*what), width, size, fused=True)
 
 
 def look_up(
