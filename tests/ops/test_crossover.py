@@ -150,6 +150,8 @@ def test_heads_are_counted_where_that_decides(measured):
     q, k, routing = arguments(64, share=1.0)
     promised = replace(routing, heads_per_group=4)
     assert explain(q, k, promised).impl == "cpu", "a promise is believed"
+    measured(*(replace(POINT, size=1, share=share, ratio=ratio) for share, ratio in ((1.0, 0.9), (0.5, 1.4))))
+    assert explain(*arguments(9, share=0.5)).impl == "dense", "to count takes longer than it saves"
 
 
 @needs_kernel

@@ -19,6 +19,7 @@ from mixhead.ops.crossover.rulings import Ruling, What, known, look_up, ruling, 
 from mixhead.ops.crossover.table import Table, inside
 from mixhead.routing import Routing
 
+MIN_COUNTED = 512  # tokens times heads
 FEW_QUERIES = 7  # against more keys: what the kernel does for a cache is another thing than what it does for a prompt
 
 # On devices, where nothing was measured.
@@ -43,7 +44,7 @@ def explain(
     if why is None:
         gradient = wants_gradient(q_BHND, k_BKTD, routing.gates_BNH)
         limit, why = ruling_of("cpu", q_BHND, k_BKTD, causal, attn_mask is not None, gradient)
-        if limit >= 1.0 or (limit > 0.0 and share_of(routing) <= limit):  # counted only where that decides
+        if limit >= 1.0 or (limit > 0.0 and worth_counting(routing) and share_of(routing) <= limit):
             return Choice("cpu", why)
     return portable(q_BHND, k_BKTD, routing, causal, attn_mask, why)
 
@@ -96,6 +97,11 @@ def portable(
         if limit and busiest_share(routing) <= limit:
             return Choice("gathered", f"{why}; {measured}")
     return Choice("dense", f"{why}; the stock kernel computes all heads")
+
+
+def worth_counting(routing: Routing) -> bool:
+    """Whether the share of selected heads is known, or takes less time to count than skipping the others can save."""
+    return routing.heads_per_group is not None or routing.selected_BNH.numel() >= MIN_COUNTED
 
 
 def busiest_share(routing: Routing) -> float:
