@@ -204,11 +204,11 @@ def model_class_of(folder: Path, config: PreTrainedConfig) -> type[PreTrainedMod
     name = (config.architectures or ["nothing"])[0]
     if name in OWN_MODELS:
         return OWN_MODELS[name]
-    converted = isinstance(config, PreTrainedConfig) and hasattr(config, "base_config_class")
-    base = getattr(transformers, name.removeprefix("MoH") if converted else name, None)
+    nested = hasattr(config, "base_config_class")  # a converted model, saved by an earlier version of this library
+    base = getattr(transformers, name.removeprefix("MoH") if nested else name, None)
     if not isinstance(base, type) or not issubclass(base, PreTrainedModel):
         raise MixheadError(f"{folder / CONFIG} names {name} as its architecture, which transformers does not have.")
-    return moh_model_class(base) if converted else base
+    return moh_model_class(base) if nested else base
 
 
 def load_as(model_class: Any, folder: Path, config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""What is saved comes back bit by bit through the Auto classes; a loader that does not know mixhead fails loudly."""
+"""What is saved comes back bit by bit; without mixhead all but the weights opens, and those fail loudly."""
 
 import copy
 import json
@@ -8,16 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
-from zoo import EVERY, ZOO, answer, same_bits, tokens
+from tokenizers import Tokenizer
+from zoo import EVERY, RENAMED, ZOO, answer, same_bits, tokens
 
 import mixhead
 from mixhead import MoHConfig
 from mixhead.models.hugging_face import MoHModelMixin, find_sites
 
 CONFIG = MoHConfig(active=0.5, shared=0.25)
+ANIMALS = {**ZOO, **RENAMED}
+NESTED = Path(__file__).parent / "nested_checkpoint"
 
 
 def described(config):
@@ -36,7 +40,7 @@ def assert_same_model(name, loaded, model):
     assert expected.keys() == found.keys()
     assert all(same_bits(found[key], expected[key]) for key in expected)
     assert loaded.config.moh == model.config.moh
-    assert same_bits(answer(ZOO[name], loaded), answer(ZOO[name], model))
+    assert same_bits(answer(ANIMALS[name], loaded), answer(ANIMALS[name], model))
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +52,33 @@ def saved(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize(("name", "router"), EVERY)
+@pytest.mark.parametrize(("name", "router"), EVERY + [(name, "linear") for name in RENAMED])
 def test_a_saved_model_comes_back_bit_by_bit(name, router, tmp_path):
-    model = mixhead.convert(ZOO[name].make(), MoHConfig(active=0.5, shared=0.25, router=router))
+    model = mixhead.convert(ANIMALS[name].make(), MoHConfig(active=0.5, shared=0.25, router=router))
     model.save_pretrained(tmp_path)
-    loaded = ZOO[name].auto_class.from_pretrained(tmp_path)
+    loaded, info = ANIMALS[name].auto_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
     assert_same_model(name, loaded, model)
     assert described(loaded.config) == described(model.config)
+    assert (tmp_path / "README.md").read_text().count("mixhead.load")
+
+
+@pytest.mark.parametrize("name", [*RENAMED, "gpt_neox", "vit", "clip"])
+def test_a_new_model_that_was_never_loaded_comes_back_too(name, tmp_path):
+    made = ANIMALS[name].make()
+    model = mixhead.convert(type(made)(copy.deepcopy(made.config)).eval(), CONFIG)
+    model.save_pretrained(tmp_path)
+    assert_same_model(name, ANIMALS[name].auto_class.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("name", [*RENAMED, "gpt_neox", "vit", "clip"])
+def test_the_weights_of_the_original_keep_their_names_in_the_file(name, tmp_path):
+    model = ANIMALS[name].make()
+    model.save_pretrained(tmp_path / "dense")
+    mixhead.convert(model, CONFIG).save_pretrained(tmp_path / "converted")
+    dense, converted = (load_file(tmp_path / kind / "model.safetensors") for kind in ("dense", "converted"))
+    assert dense.keys() == {key for key in converted if "moh_" not in key}
+    assert all(same_bits(converted[key], dense[key]) for key in dense)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert"])
@@ -62,7 +86,7 @@ def test_a_model_in_bfloat16_comes_back_in_bfloat16(name, saved, tmp_path):
     model = ZOO[name].auto_class.from_pretrained(saved / name, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     assert_same_model(name, ZOO[name].auto_class.from_pretrained(tmp_path), model)
-    assert json.loads((tmp_path / "config.json").read_text())["base_config"]["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -122,68 +146,137 @@ def test_dense_weights_load_into_a_converted_class_with_routers_at_their_start_v
             assert not site.module.moh_skipped.any()
 
 
-def test_the_file_names_its_own_model_type_and_nests_the_original_configuration(saved):
+def test_the_file_is_that_of_the_original_with_the_heads_and_what_keeps_weights_from_running_without_routing(saved):
     config = json.loads((saved / "llama" / "config.json").read_text())
-    assert (config["model_type"], config["base_model_type"]) == ("mixhead", "llama")
-    assert config["architectures"] == ["MoHLlamaForCausalLM"]
-    assert config["base_config"]["hidden_size"] == 32
-    assert "hidden_size" not in config
+    assert (config["model_type"], config["architectures"], config["hidden_size"]) == ("llama", ["LlamaForCausalLM"], 32)
+    assert config["moh"]["layers"] == [{"num_heads": 4, "active_heads": 2, "shared_heads": 1}] * 2
+    assert config["quantization_config"] == {"quant_method": "mixhead"}
+    assert "`import mixhead`" in config["transformers_weights"]
     weights = load_file(saved / "llama" / "model.safetensors")
     assert "model.layers.0.self_attn.moh_router.score_proj.weight" in weights
+
+
+def test_the_loaded_model_keeps_no_trace_of_how_it_was_loaded(saved):
+    model = transformers.LlamaForCausalLM.from_pretrained(saved / "llama")
+    assert not any(hasattr(model, name) for name in ("hf_quantizer", "is_quantized", "quantization_method"))
+    assert not any(hasattr(model.config, name) for name in ("quantization_config", "transformers_weights"))
+
+
+def test_a_card_that_stands_in_the_folder_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    mixhead.convert(ZOO["llama"].make(), CONFIG).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 STOCK_LOADER = """
 import json, resource, sys
 import transformers
 
-# A stock configuration without its sizes describes a model of 7 billion parameters: it must not get that far.
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30), size + (1 << 30)))
 root, models = sys.argv[1], json.loads(sys.argv[2])
 results = {}
 for name, (model_class, auto_class) in models.items():
-    for loader in (model_class, auto_class, "AutoConfig"):
-        for arguments in ({}, {"dtype": "bfloat16"}, {"num_labels": 3}, {"ignore_mismatched_sizes": True}):
-            if arguments and loader != model_class:
-                continue
-            try:
-                getattr(transformers, loader).from_pretrained(f"{root}/{name}", **arguments)
-                results[f"{name} {loader} {arguments}"] = "loaded"
-            except Exception as error:
-                results[f"{name} {loader} {arguments}"] = f"{type(error).__name__}: {error}"
+    config = transformers.AutoConfig.from_pretrained(f"{root}/{name}")
+    assert type(config) is getattr(transformers, model_class).config_class, config
+    assert type(config).from_pretrained(f"{root}/{name}").moh == config.moh
+    attempts = {"from_config": lambda: getattr(transformers, auto_class).from_config(config)}
+    attempts["class"] = lambda: getattr(transformers, model_class)(config)
+    for loader in (model_class, auto_class):
+        for arguments in (
+            {}, {"dtype": "bfloat16"}, {"num_labels": 3}, {"ignore_mismatched_sizes": True}, {"config": config},
+            {"attn_implementation": "eager"},
+        ):
+            load = getattr(transformers, loader).from_pretrained
+            attempts[f"{loader} {[*arguments]}"] = lambda load=load, given=arguments: load(f"{root}/{name}", **given)
+    for attempt, load in attempts.items():
+        try:
+            load()
+            results[f"{name} {attempt}"] = "loaded"
+        except Exception as error:
+            results[f"{name} {attempt}"] = f"{type(error).__name__}: {error}"
 assert "mixhead" not in sys.modules
 print(json.dumps(results))
 """
 
 
-def test_stock_classes_in_a_process_that_never_imported_mixhead_fail_loudly(saved):
-    models = {name: (type(animal.make()).__name__, animal.auto_class.__name__) for name, animal in ZOO.items()}
+def in_a_stock_process(program, *arguments):
+    """What a program prints that knows nothing of mixhead."""
     process = subprocess.run(
-        [sys.executable, "-c", STOCK_LOADER, str(saved), json.dumps(models)],
+        [sys.executable, "-c", program, *arguments],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert process.returncode == 0, process.stderr
-    results = json.loads(process.stdout)
-    assert len(results) == 6 * len(ZOO)
+    return process.stdout
+
+
+def test_stock_models_in_a_process_that_never_imported_mixhead_fail_loudly_and_configurations_open(saved):
+    models = {name: (type(animal.make()).__name__, animal.auto_class.__name__) for name, animal in ZOO.items()}
+    results = json.loads(in_a_stock_process(STOCK_LOADER, str(saved), json.dumps(models)))
+    assert len(results) == 14 * len(ZOO)
     assert {attempt: error for attempt, error in results.items() if "mixhead" not in error} == {}
+    loads = {attempt: error for attempt, error in results.items() if attempt.split()[1] not in ("from_config", "class")}
+    assert {attempt: error for attempt, error in loads.items() if "`import mixhead`" not in error} == {}
+
+
+def test_stock_tokenizers_and_processors_open_the_folder(saved, tmp_path):
+    pytest.importorskip("PIL")
+    words = Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "head": 1}, unk_token="<pad>"))
+    for name, friend in {
+        "llama": transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"),
+        "vit": transformers.ViTImageProcessor(),
+    }.items():
+        model = transformers.AutoModel.from_pretrained(saved / name)
+        mixhead.save(model, friend, tmp_path / name)
+    program = "import sys, transformers as t\nroot = sys.argv[1]\n"
+    program += "print(t.AutoTokenizer.from_pretrained(f'{root}/llama')('head').input_ids)\n"
+    program += "print(type(t.AutoImageProcessor.from_pretrained(f'{root}/vit')).__name__, 'mixhead' in sys.modules)"
+    ids, processor, knows_mixhead = in_a_stock_process(program, str(tmp_path)).split()
+    assert (ids, knows_mixhead) == ("[1]", "False")
+    assert processor.startswith("ViTImageProcessor")
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_stock_classes_fail_loudly_beside_mixhead_too(name, saved):
+def test_beside_mixhead_the_classes_of_transformers_load_the_converted_model(name, saved):
     model_class = type(ZOO[name].make())
-    for arguments in ({}, {"dtype": torch.bfloat16}, {"num_labels": 3}):
-        with pytest.raises(Exception, match="mixhead"):
-            model_class.from_pretrained(saved / name, **arguments)
+    expected = ZOO[name].auto_class.from_pretrained(saved / name)
+    loaded = model_class.from_pretrained(saved / name)
+    assert isinstance(loaded, MoHModelMixin)
+    assert isinstance(loaded, model_class)
+    assert_same_model(name, loaded, expected)
 
 
-def test_a_checkpoint_of_an_architecture_that_this_transformers_does_not_know(saved, tmp_path):
-    config = json.loads((saved / "llama" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "base_model_type": "llama_of_tomorrow"}))
+@pytest.mark.parametrize("name", ["llama", "bert", "clip"])
+def test_no_stock_model_runs_from_the_configuration_of_a_converted_one(name, saved):
+    config = transformers.AutoConfig.from_pretrained(saved / name)
+    stock = type(ZOO[name].make())
+    for described in (config, ZOO[name].auto_class.from_pretrained(saved / name).config):
+        with pytest.raises(mixhead.MixheadError, match=r"was built without routers: load the model with mixhead\.load"):
+            answer(ZOO[name], stock(copy.deepcopy(described)))
+
+
+def test_a_checkpoint_of_an_earlier_version_loads_and_is_saved_in_the_form_of_today(tmp_path):
+    expected = torch.tensor(json.loads((NESTED / "expected.json").read_text()))
+    tokens_BN = torch.arange(3, 10)[None]
+    for load in (transformers.AutoModelForCausalLM.from_pretrained, mixhead.load):
+        model = load(NESTED, dtype=torch.float32)
+        assert isinstance(model, MoHModelMixin)
+        assert type(model.config).from_pretrained(NESTED).moh == model.config.moh
+        torch.testing.assert_close(model(tokens_BN).logits[0], expected, rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
+    assert same_bits(mixhead.load(tmp_path)(tokens_BN).logits, model(tokens_BN).logits)
+
+
+@pytest.mark.parametrize("base_model_type", ["llama_of_tomorrow", None])
+def test_an_earlier_checkpoint_of_an_architecture_that_this_transformers_does_not_know(base_model_type, tmp_path):
+    config = json.loads((NESTED / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "base_model_type": base_model_type}))
     with pytest.raises(
-        mixhead.MixheadError, match="'llama_of_tomorrow', which the installed transformers does not know"
+        mixhead.MixheadError, match=f"{base_model_type!r}, which the installed transformers does not know"
     ):
         transformers.AutoConfig.from_pretrained(tmp_path)
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 from zoo import EVERY, ZOO, answer, same_bits
 
 import mixhead
@@ -118,3 +119,46 @@ def test_no_other_attention_may_run_all_heads_behind_the_routers_back():
     model = mixhead.convert(ZOO["llama"].make(), MoHConfig(active=0.5))
     with pytest.raises(MixheadError, match=r"every token would use all heads\. Call mixhead\.revert"):
         model.set_attn_implementation("sdpa")
+
+
+def test_a_second_model_of_the_same_configuration_is_left_as_it_is():
+    config = ZOO["llama"].make().config
+    kind, before = type(config), config.to_dict()
+    first, second = (LlamaForCausalLM(config).eval() for _ in range(2))
+    expected = answer(ZOO["llama"], second)
+
+    mixhead.convert(first, MoHConfig(active=0.5))
+    assert second.config is config and type(config) is kind and config.to_dict() == before
+    assert config._attn_implementation == "sdpa"
+    assert same_bits(answer(ZOO["llama"], second), expected)
+    assert {id(module.config) for module in first.modules() if hasattr(module, "config")} == {id(first.config)}
+
+    mixhead.convert(second, MoHConfig(active=0.75))
+    assert first.config.moh["layers"][0]["active_heads"] == 2
+    assert second.config.moh["layers"][0]["active_heads"] == 3
+    mixhead.revert(first)
+    assert type(first.config) is kind and first.config.to_dict() == before
+    assert second.config.moh["layers"][0]["active_heads"] == 3
+
+
+@pytest.mark.parametrize("name", ["clip", "whisper"])
+def test_a_teacher_stays_dense_where_its_student_was_built_from_its_configuration(name):
+    teacher = ZOO[name].make()
+    student = type(teacher)(teacher.config).eval()
+    before = answer(ZOO[name], teacher)
+    mixhead.convert(student, MoHConfig(active=0.5))
+    assert same_bits(answer(ZOO[name], teacher), before)
+    assert not hasattr(teacher.config, "moh")
+    parts = [teacher.config, *(getattr(teacher.config, key) for key in teacher.config.sub_configs)]
+    assert {part._attn_implementation for part in parts} == {"sdpa"}
+    mixhead.revert(student)
+    assert student.config.to_dict() == teacher.config.to_dict()
+
+
+def test_a_model_of_the_configuration_of_a_converted_one_survives_its_return():
+    first = mixhead.convert(ZOO["llama"].make(), MoHConfig(active=0.5))
+    second = type(first)(first.config).eval()
+    before = answer(ZOO["llama"], second)
+    mixhead.revert(first)
+    assert same_bits(answer(ZOO["llama"], second), before)
+    assert second.config.moh["layers"][0]["active_heads"] == 2

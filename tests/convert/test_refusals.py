@@ -53,7 +53,7 @@ def test_a_module_that_is_not_of_transformers():
 
 def test_a_converted_model():
     model = mixhead.convert(ZOO["llama"].make())
-    with refuses(r"MoHLlamaForCausalLM is converted already: call mixhead\.revert"):
+    with refuses(r"This LlamaForCausalLM is converted already: call mixhead\.revert"):
         mixhead.convert(model)
 
 

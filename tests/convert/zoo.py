@@ -1,11 +1,14 @@
 """One tiny random model of every architecture that the library promises to convert, with inputs for it.
 
 All have two layers and four heads in each (CLIP: four and eight), random weights and sequences of seven tokens, so that
-a test over the whole zoo takes seconds.
+a test over the whole zoo takes seconds. They are loaded from a folder, as published models are: transformers renames
+and fuses many weights at loading, and only a loaded model knows that.
 """
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +39,7 @@ class Animal:
     """An architecture of the zoo.
 
     Attributes:
-        make: builds the model in eval mode, with the same weights every time; `make(layers=1)` a shorter one.
+        make: loads the model in eval mode, with the same weights every time; `make(layers=1)` a shorter one.
         inputs: arguments of its forward.
         labels: what makes its forward return a loss.
         auto_class: the Auto class that loads it.
@@ -64,21 +67,32 @@ def pixels(size: int = 8) -> Tensor:
 
 
 def maker(model_class: type[PreTrainedModel], config: Callable[[], Any]) -> Callable[..., PreTrainedModel]:
+    @functools.cache
+    def saved(layers: int) -> tempfile.TemporaryDirectory[str]:
+        folder = tempfile.TemporaryDirectory()
+        random_model(model_class, with_layers(config(), layers)).save_pretrained(folder.name)
+        return folder
+
     def make(layers: int = 2) -> PreTrainedModel:
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            model = model_class(with_layers(config(), layers)).eval()
-            with torch.no_grad():
-                # Weights of 0.02 make attention uniform and all tokens alike: a wrong mask would hardly show.
-                for name, parameter in model.named_parameters():
-                    if parameter.dim() > 1:
-                        parameter.mul_(4)
-                    else:
-                        # Norms of one would give every head the same query norm in models that normalise queries.
-                        parameter.add_(torch.randn_like(parameter) * (0.1 if name.endswith("bias") else 0.5))
-        return model
+        return model_class.from_pretrained(saved(layers).name)
 
     return make
+
+
+def random_model(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """The same random weights every time; nothing in it was loaded."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = model_class(config).eval()
+        with torch.no_grad():
+            # Weights of 0.02 make attention uniform and all tokens alike: a wrong mask would hardly show.
+            for name, parameter in model.named_parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(4)
+                else:
+                    # Norms of one would give every head the same query norm in models that normalise queries.
+                    parameter.add_(torch.randn_like(parameter) * (0.1 if name.endswith("bias") else 0.5))
+    return model
 
 
 def with_layers(config: Any, layers: int) -> Any:
@@ -89,6 +103,9 @@ def with_layers(config: Any, layers: int) -> Any:
                 setattr(part, name, min(layers, getattr(part, name)))
         if getattr(part, "layer_types", None) is not None:
             part.layer_types = part.layer_types[:layers]
+        if hasattr(part, "stage_names"):
+            part.stage_names = part.stage_names[: layers + 1]
+            part.set_output_features_output_indices(out_features=None, out_indices=None)
     return config
 
 
@@ -226,6 +243,38 @@ ZOO: dict[str, Animal] = {
         writes=False,
         pads=False,
     ),
+}
+
+
+def bare(model_class: type[PreTrainedModel], config: Callable[[], Any]) -> Animal:
+    return Animal(
+        maker(model_class, config),
+        lambda: {"pixel_values": pixels()},
+        dict,
+        t.AutoModel,
+        "last_hidden_state",
+        False,
+        False,
+    )
+
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# More of those whose weights transformers renames, splits or fuses at loading (its conversion mapping).
+RENAMED: dict[str, Animal] = {
+    "bare vit": bare(t.ViTModel, lambda: t.ViTConfig(**IMAGE, intermediate_size=48)),
+    "bare deit": bare(t.DeiTModel, lambda: t.DeiTConfig(**IMAGE, intermediate_size=48)),
+    "bare dinov2": bare(t.Dinov2Model, lambda: t.Dinov2Config(**IMAGE, mlp_ratio=2)),
+    "mixtral": language_model(
+        t.MixtralForCausalLM, lambda: t.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "qwen2_moe": language_model(
+        t.Qwen2MoeForCausalLM,
+        lambda: t.Qwen2MoeConfig(**GROUPED, **EXPERTS, num_experts=4, shared_expert_intermediate_size=16),
+    ),
+    "qwen3_moe": language_model(
+        t.Qwen3MoeForCausalLM, lambda: t.Qwen3MoeConfig(**GROUPED, **EXPERTS, num_experts=4, head_dim=8)
+    ),
+    "olmoe": language_model(t.OlmoeForCausalLM, lambda: t.OlmoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2)),
 }
 GQA = [name for name, animal in ZOO.items() if getattr(animal.make().config, "num_key_value_heads", None) == 2]
 WRITERS = [name for name, animal in ZOO.items() if animal.writes]

@@ -15,6 +15,7 @@ import mixhead
 from mixhead.errors import MixheadError
 from mixhead.interop import from_official, is_published_moh_llama, load_moh_llama, published_llama
 from mixhead.interop.llama import empty_moh_llama, llama_settings
+from mixhead.models.hugging_face import MoHModelMixin
 
 TOLERANCE = 1e-5
 TINY = {
@@ -278,7 +279,7 @@ def test_published_folder_routes(published):
     done = []
     model = load_moh_llama(folder, on_shard=lambda *progress: done.append(progress))
     assert done == [(number, 33) for number in range(1, 34)]
-    assert type(model).__name__ == "MoHLlamaForCausalLM"
+    assert isinstance(model, MoHModelMixin)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.generation_config.eos_token_id == 2
     with mixhead.keep_routing(model) as log, torch.no_grad():
@@ -335,7 +336,7 @@ def test_saved_as_a_mixhead_checkpoint(published, tmp_path):
     model = load_moh_llama(published[0])
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    assert config["model_type"] == "mixhead"
+    assert "moh" in config
     assert "auto_map" not in json.dumps(config)
     assert not is_published_moh_llama(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")

@@ -41,6 +41,7 @@ def folders(tmp_path_factory):
         model.save_pretrained(here / name)
     image_processor(images).save_pretrained(here / "image")
     (here / "config.pickle").write_bytes(pickle.dumps(models["seq2seq"].config))
+    (here / "converted.pickle").write_bytes(pickle.dumps(models["causal_lm"].config))
     return here
 
 
@@ -55,8 +56,8 @@ def in_a_new_process(program: str, folders) -> str:
 
 
 LOADED = {
-    ("AutoModelForCausalLM", "causal_lm"): "MoHLlamaForCausalLM",
-    ("AutoModel", "causal_lm"): "MoHLlamaModel",
+    ("AutoModelForCausalLM", "causal_lm"): "LlamaForCausalLM",
+    ("AutoModel", "causal_lm"): "LlamaModel",
     ("AutoModelForSeq2SeqLM", "seq2seq"): "MoATransformerForConditionalGeneration",
     ("AutoModelForMaskedLM", "masked_lm"): "MoAForMaskedLM",
     ("AutoModelForImageClassification", "image"): "MoHTransNeXtForImageClassification",
@@ -74,8 +75,10 @@ LOADED = {
 )
 def test_folders_are_loaded_after_nothing_but_import_mixhead(start, folders):
     program = f"{start}\nfor auto, folder in {[*LOADED]!r}:\n"
-    program += "    print(type(getattr(transformers, auto).from_pretrained(folder)).__name__)"
-    assert in_a_new_process(program, folders).split() == [*LOADED.values()]
+    program += "    model = getattr(transformers, auto).from_pretrained(folder)\n"
+    program += "    routers = [name for name, _ in model.named_modules() if name.endswith('router')]\n"
+    program += "    print(type(model).__name__, len(routers) > 0)"
+    assert in_a_new_process(program, folders).splitlines() == [f"{name} True" for name in LOADED.values()]
 
 
 def test_a_configuration_is_enough_for_a_model_a_pickled_one_too(folders):
@@ -84,14 +87,24 @@ def test_a_configuration_is_enough_for_a_model_a_pickled_one_too(folders):
         "import transformers\n"
         "config = pickle.load(open('config.pickle', 'rb'))\n"
         "print(type(transformers.AutoModelForSeq2SeqLM.from_config(config)).__name__)\n"
-        "autos = {'masked_lm': 'MaskedLM', 'image': 'ImageClassification', 'causal_lm': 'CausalLM'}\n"
+        "autos = {'masked_lm': 'MaskedLM', 'image': 'ImageClassification'}\n"
         "for folder, auto in autos.items():\n"
         "    config = transformers.AutoConfig.from_pretrained(folder)\n"
         "    print(type(getattr(transformers, f'AutoModelFor{auto}').from_config(config)).__name__)"
     )
-    wanted = ["seq2seq", "masked_lm", "image", "causal_lm"]
+    wanted = ["seq2seq", "masked_lm", "image"]
     made = {folder: name for (auto, folder), name in LOADED.items() if auto != "AutoModel"}
     assert in_a_new_process(program, folders).split() == [made[folder] for folder in wanted]
+
+
+def test_the_configuration_of_a_converted_model_is_enough_for_another_a_pickled_one_too(folders):
+    program = (
+        "import pickle, transformers\n"
+        "config = pickle.load(open('converted.pickle', 'rb'))\n"
+        "model = transformers.AutoModelForCausalLM.from_config(config)\n"
+        "print(type(model).__name__, model.model.layers[0].self_attn.moh_router is not None)"
+    )
+    assert in_a_new_process(program, folders) == "LlamaForCausalLM True"
 
 
 def test_pipelines_and_compiled_models(folders):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from typing import Any, TypeVar, cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.jetmoe.modeling_jetmoe import JetMoePreTrainedModel
 
 from mixhead.convert.config import MoHConfig
@@ -17,13 +18,11 @@ from mixhead.models.hugging_face import (
     AttentionSite,
     MoHModelMixin,
     attach_router,
-    attach_routers,
     attention_of,
+    become_converted,
     detach_router,
     find_sites,
     moh_config_class,
-    moh_model_class,
-    register_models,
 )
 from mixhead.models.jetmoe import is_in_slots, take_out_of_slots
 from mixhead.models.moh_dit import MoHDiT
@@ -43,8 +42,8 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
     with which it compiles into one graph and can checkpoint gradients.
 
     Args:
-        model: any model of transformers; it keeps its identity, its class becomes `MoH<its class>`. Or a dense
-            `MoHDiT`.
+        model: any model of transformers; it keeps its identity and the name of its class, and gets a configuration of
+            its own. Or a dense `MoHDiT`.
         config: how many heads are active and shared, and which router decides; none for a JetMoE.
 
     Raises:
@@ -57,7 +56,7 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
     if isinstance(model, MoHDiT):
         return convert_dit(model, config)  # type: ignore[return-value]
     if isinstance(model, MoHModelMixin):
-        raise MixheadError(f"{type(model).__name__} is converted already: call mixhead.revert on it first.")
+        raise MixheadError(f"This {type(model).__name__} is converted already: call mixhead.revert on it first.")
     if not isinstance(model, PreTrainedModel):
         raise MixheadError(
             f"mixhead.convert takes a model of transformers or a MoHDiT, but this is a {type(model).__name__}."
@@ -69,26 +68,34 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
         )
     sites = find_sites(model)
     layers = config.resolve([site.num_heads for site in sites], [site.num_key_value_heads for site in sites])
-    original_attention = attention_of(model.config)
-    config_class = moh_config_class(type(model.config))  # type: ignore[arg-type]
-    register_models(config_class)  # type: ignore[arg-type]
-    model_class = moh_model_class(type(model))  # type: ignore[arg-type]
-    # The modules hold references to the model and its configuration, so both change their class in place.
-    model.config.__class__ = config_class
-    model.config.moh = {
+    moh = {
         "router": config.router,
         "group_balanced": config.group_balanced,
         "balance_coefficient": config.balance_coefficient,
         "layers": [asdict(layer) for layer in layers],
-        "original_attention": original_attention,
+        "original_attention": attention_of(model.config),
     }
-    model.__class__ = model_class
+    take_own_configuration(model, moh_config_class(type(model.config)))  # type: ignore[arg-type]
+    model.config.moh = moh
     try:
-        attach_routers(model)
+        become_converted(model)
     except Exception:
         revert(model)
         raise
     return model
+
+
+def take_own_configuration(model: PreTrainedModel, config_class: type[PreTrainedConfig]) -> None:
+    """Copies of the configurations to which a model and its modules refer, its own as one of the given class.
+
+    Others may have been built from the same objects: they keep them as they are.
+    """
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig):
+                vars(module)[name] = copy.deepcopy(value, copies)
+    model.config.__class__ = config_class
 
 
 def set_layer_heads(model: PreTrainedModel, site: AttentionSite, index: int, heads: LayerHeads) -> None:
@@ -115,8 +122,8 @@ def revert(model: Any) -> Any:
     for site in find_sites(model):
         detach_router(site.module)
     original_attention = model.config.moh["original_attention"]
+    take_own_configuration(model, model.config.base_config_class)
     del model.config.moh
-    model.config.__class__ = model.config.base_config_class
     model.__class__ = model.base_model_class
     model.set_attn_implementation(original_attention)
     return model

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mixhead.errors import MixheadError, first_line, listed
-from mixhead.models.hugging_face import moh_config_class, moh_model_class, register_models
+from mixhead.models.hugging_face import moh_config_class, moh_model_class
 from mixhead.routing import BinaryRouter, LayerHeads
 
 SHARED_SHARE, ACTIVE_SHARE = 0.5, 0.75
@@ -47,7 +47,7 @@ def moh_llama(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Pr
         state_dict: the weights; copied. Their dtype becomes the model's; mixed dtypes become float32.
 
     Returns:
-        A `MoHLlamaForCausalLM` in evaluation mode.
+        A converted `LlamaForCausalLM` in evaluation mode.
 
     Raises:
         MixheadError: where configuration and weights do not fit each other.
@@ -123,7 +123,6 @@ def empty_moh_llama(settings: dict[str, Any], heads: LayerHeads) -> PreTrainedMo
         "layers": [asdict(heads) for _ in range(settings["num_hidden_layers"])],
         "original_attention": "sdpa",
     }
-    register_models(config_class)
     try:
         config = config_class(**settings, moh=moh)
         with torch.device("meta"):

@@ -69,7 +69,7 @@ def load_moh_llama(
         on_shard: called with (files done, files) after each file.
 
     Returns:
-        A `MoHLlamaForCausalLM` in evaluation mode: the first half of the heads shared, a quarter routed.
+        A converted `LlamaForCausalLM` in evaluation mode: the first half of the heads shared, a quarter routed.
 
     Raises:
         MixheadError: where a file is missing, truncated, corrupt or tries to execute code, the index names a file
@@ -82,7 +82,7 @@ def load_moh_llama(
             "`hf download Chat-UniVi/MoH-LLaMA3-8B --local-dir FOLDER`."
         )
     config = read_json(root / "config.json")
-    if config.get("model_type") == "mixhead":
+    if config.get("model_type") == "mixhead" or "moh" in config:
         raise MixheadError(f"{root} is a mixhead checkpoint already: load it with an Auto class of transformers.")
     named_dtype = config.get("dtype") or config.get("torch_dtype") if dtype == "auto" else dtype
     wanted_dtype = None if named_dtype is None else parse_dtype(named_dtype)

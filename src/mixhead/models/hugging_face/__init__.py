@@ -7,7 +7,7 @@ from mixhead.lazy import loaded_on_use
 if TYPE_CHECKING:
     from mixhead.models.hugging_face.attention import attention_of, moh_attention_forward
     from mixhead.models.hugging_face.configuration import moh_config_class
-    from mixhead.models.hugging_face.model import MoHModelMixin, moh_model_class, register_models
+    from mixhead.models.hugging_face.model import MoHModelMixin, become_converted, moh_model_class
     from mixhead.models.hugging_face.routers import attach_router, attach_routers, detach_router
     from mixhead.models.hugging_face.sites import AttentionSite, find_sites
     from mixhead.models.hugging_face.trace import RoutingTrace
@@ -17,7 +17,7 @@ else:
         {
             ".attention": ["attention_of", "moh_attention_forward"],
             ".configuration": ["moh_config_class"],
-            ".model": ["MoHModelMixin", "moh_model_class", "register_models"],
+            ".model": ["MoHModelMixin", "become_converted", "moh_model_class"],
             ".routers": ["attach_router", "attach_routers", "detach_router"],
             ".sites": ["AttentionSite", "find_sites"],
             ".trace": ["RoutingTrace"],
@@ -31,10 +31,10 @@ __all__ = [
     "attach_router",
     "attach_routers",
     "attention_of",
+    "become_converted",
     "detach_router",
     "find_sites",
     "moh_attention_forward",
     "moh_config_class",
     "moh_model_class",
-    "register_models",
 ]

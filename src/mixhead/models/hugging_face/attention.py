@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from mixhead.errors import MixheadError
+from mixhead.models.hugging_face.configuration import new_instance
 from mixhead.models.hugging_face.decoding import decode_token
 from mixhead.models.hugging_face.trace import RoutingTrace
 from mixhead.ops import head_attention
@@ -56,6 +57,11 @@ def eager_attention_of(module: nn.Module) -> Callable[..., Any] | None:
 
 def dense_attention_of(module: nn.Module) -> Callable[..., Any]:
     """What computes all heads of an attention module: the function that did so before, or SDPA."""
+    if not hasattr(module, "moh_name"):
+        raise MixheadError(
+            f"This {type(module).__name__} has the configuration of a converted model, and was built without routers: "
+            "load the model with mixhead.load or from_pretrained, or convert it with mixhead.convert."
+        )
     eager = getattr(module, "moh_eager_attention", None)
     runs_eager = getattr(getattr(module, "config", None), "_attn_implementation", None) == ATTENTION_OF_EAGER
     return eager if runs_eager and eager is not None else sdpa_attention_forward
@@ -72,7 +78,11 @@ def routing_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, router_hidden_states=args[0] if args else kwargs["hidden_states"], **kwargs)
 
-    return type(f"MoH{base.__name__}", (base,), {"forward": forward, "moh_base": base, "__module__": __name__})
+    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return new_instance, (routing_class, base), self.__getstate__()
+
+    members = {"forward": forward, "__reduce_ex__": reduce_ex, "moh_base": base, "__module__": base.__module__}
+    return type(f"MoH{base.__name__}", (base,), members)
 
 
 def hand_down_hidden_states(

@@ -1,30 +1,42 @@
 """Configurations of converted models, made from any configuration class of transformers.
 
-Their `model_type` is "mixhead", and the file keeps the original configuration one level down beside a poisoned field,
-so that a loader that does not know mixhead fails loudly instead of running all heads.
+In memory such a configuration is its original with `moh` beside it: the same class name and `model_type`, so that every
+tool that asks by either finds what it knows. The file says the same, with three fields of transformers that concern
+models alone (`FILE_FIELDS`): tokenizers, processors and configurations open anywhere, and weights are never loaded
+without routing.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from typing import Any, ClassVar
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
 
 from mixhead.errors import MixheadError
+from mixhead.models.hugging_face.card import write_card
 
-MODEL_TYPE = "mixhead"
-# Every configuration class turns the keys of this field into numbers: one that is none stops, with its own text, any
-# loader that ignores the model type.
-POISONED_FIELD = "id2label"
-POISON = {"This is a mixhead checkpoint: `import mixhead` and load it with an Auto class of transformers.": ""}
+NAME = "mixhead"
+FILE_FIELDS = {
+    # Who knows mixhead is led by this to `loading`, which puts the routers in place before the weights are read.
+    "quantization_config": {"quant_method": NAME},
+    # Who does not stops here, where a name of a weight file is expected, and shows this.
+    "transformers_weights": "This is a mixhead checkpoint: `import mixhead` before the model is loaded.",
+    # A model that is built from the configuration alone asks for this attention: unknown there, and refused here.
+    "attn_implementation": NAME,
+}
+# What files written by earlier versions of this library have, where the original configuration lay one level down.
+NESTED, NESTED_TYPE, POISONED_FIELD = "base_config", "base_model_type", "id2label"
 
 
 class MixheadConfig(PreTrainedConfig):
-    """What transformers finds behind the model type "mixhead": it reads the file and hands over to the right class."""
+    """What transformers finds behind the model type "mixhead" of earlier files: it hands over to the right class."""
 
-    model_type = MODEL_TYPE
+    model_type = NAME
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -32,7 +44,7 @@ class MixheadConfig(PreTrainedConfig):
         # Not above: this class is registered when that module is loaded.
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        base_model_type = config_dict.get("base_model_type")
+        base_model_type = config_dict.get(NESTED_TYPE)
         if base_model_type not in CONFIG_MAPPING:
             raise MixheadError(
                 f"This mixhead checkpoint was made from a model of type {base_model_type!r}, which the installed "
@@ -44,35 +56,41 @@ class MixheadConfig(PreTrainedConfig):
 class MoHConfigMixin:
     """What a configuration needs to describe a converted model: `moh`, and its own form in the file."""
 
-    model_type = MODEL_TYPE
     base_config_class: ClassVar[type[PreTrainedConfig]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """The Auto classes know the models of every configuration that there is: a copied or unpickled one too."""
+        from mixhead.models.hugging_face.model import register_models  # brings all of transformers' modelling
+
+        register_models(cls)  # type: ignore[arg-type]
+        return super().__new__(cls)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled as its state and what its class is made from, since the class has the name of another."""
+        return new_instance, (moh_config_class, self.base_config_class), self.__getstate__()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Reads the nested form of the file, and the flat one that `to_dict` gives."""
-        from mixhead.models.hugging_face.model import register_models  # brings all of transformers' modelling
-
-        if "base_config" in config_dict:
-            outer = {k: v for k, v in config_dict.items() if k not in ("base_config", POISONED_FIELD)}
-            config_dict = {**config_dict["base_config"], **outer}
-        flat = {k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")}
+        """Reads the form of the file, that of earlier files, and the one that `to_dict` gives."""
+        if NESTED in config_dict:
+            outer = {k: v for k, v in config_dict.items() if k not in (NESTED, NESTED_TYPE, POISONED_FIELD)}
+            config_dict = {**config_dict[NESTED], **outer}
+        flat = {k: v for k, v in config_dict.items() if k not in ("model_type", *FILE_FIELDS)}
         check_description(flat.get("moh"))
-        register_models(cls)  # type: ignore[arg-type]
         return super().from_dict(flat, **kwargs)  # type: ignore[misc]
 
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """The form of the file; see the head of this module."""
-        flat = json.loads(super().to_json_string(use_diff=use_diff))  # type: ignore[misc]
-        outer = {key: flat.pop(key) for key in ("architectures", "moh", "transformers_version") if key in flat}
-        flat.pop("model_type", None)
-        nested = {
-            "model_type": MODEL_TYPE,
-            "base_model_type": self.base_config_class.model_type,
-            "base_config": flat,
-            POISONED_FIELD: POISON,
-            **outer,
-        }
-        return json.dumps(nested, indent=2, sort_keys=True) + "\n"
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Writes the form of the file; see the head of this module."""
+        described = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
+        if "quantization_config" in described:
+            raise MixheadError("The weights of this converted model are quantised, and cannot be saved so.")
+        text = json.dumps({**described, **FILE_FIELDS}, indent=2, sort_keys=True) + "\n"
+        Path(json_file_path).write_text(text, encoding="utf-8")
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Writes config.json, and a README.md that says how to load the folder where there is none."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        write_card(Path(save_directory), self)
 
 
 def check_description(moh: Any) -> None:
@@ -92,9 +110,16 @@ def check_description(moh: Any) -> None:
 
 @functools.cache
 def moh_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The configuration class of models converted from `base`'s."""
-    return type(
-        f"MoH{base.__name__}",
-        (MoHConfigMixin, base),
-        {"base_config_class": base, "model_type": MODEL_TYPE, "__module__": __name__},
-    )
+    """The configuration class of models converted from `base`'s, under the name of `base`."""
+    return type(base.__name__, (MoHConfigMixin, base), {"base_config_class": base, **name_of(base)})
+
+
+def name_of(base: type) -> dict[str, Any]:
+    """The members by which a class made from `base` answers to its name."""
+    return {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+
+
+def new_instance(make_class: Callable[[type], type], base: type) -> Any:
+    """An empty instance of a class made from `base`: what unpickling and copying begin with."""
+    made: Any = make_class(base)
+    return made.__new__(made)

@@ -1,7 +1,8 @@
 """Classes of converted models, made from any class of transformers.
 
-A converted `LlamaForCausalLM` is a `MoHLlamaForCausalLM`: the same class with routers at its attention modules and the
-balance loss in its training loss.
+A converted `LlamaForCausalLM` is of a class made from it, under its name: what asks by the name of a class (weights
+that are renamed at loading, the loss of the Trainer, pipelines) finds what it knows. It has routers at its attention
+modules and the balance loss in its training loss.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers.models.auto import modeling_auto
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face.attention import ATTENTION, ATTENTION_OF_EAGER
 from mixhead.models.hugging_face.balance import balance_term
-from mixhead.models.hugging_face.configuration import moh_config_class
+from mixhead.models.hugging_face.configuration import moh_config_class, name_of, new_instance
 from mixhead.models.hugging_face.routers import attach_routers, initialise_routing
 from mixhead.models.hugging_face.trace import JoinedTrace, RoutingTrace
 
@@ -34,6 +35,10 @@ class MoHModelMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         assert isinstance(self, PreTrainedModel)
         attach_routers(self)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled as its state and what its class is made from, since the class has the name of another."""
+        return new_instance, (moh_model_class, self.base_model_class), self.__getstate__()
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise_routing(module)
@@ -102,15 +107,24 @@ def real_decoder_tokens_BN(kwargs: dict[str, Any]) -> Tensor | None:
 
 @functools.cache
 def moh_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of models converted from `base`."""
+    """The class of models converted from `base`, under the name of `base`."""
     assert base.config_class is not None
     members = {
         "base_model_class": base,
         "config_class": moh_config_class(base.config_class),
         "forward": forward_with_balance_loss(base.forward),
-        "__module__": __name__,
+        **name_of(base),
     }
-    return type(f"MoH{base.__name__}", (MoHModelMixin, base), members)
+    return type(base.__name__, (MoHModelMixin, base), members)
+
+
+def become_converted(model: PreTrainedModel) -> None:
+    """Gives a model whose configuration is that of a converted one the class and the routers of one."""
+    if isinstance(model, MoHModelMixin):
+        return
+    register_models(type(model.config))  # type: ignore[arg-type]
+    model.__class__ = moh_model_class(type(model))  # type: ignore[arg-type]
+    attach_routers(model)
 
 
 @functools.cache
