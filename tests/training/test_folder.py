@@ -12,7 +12,8 @@ import yaml
 
 from mixhead import precision
 from mixhead.errors import MixheadError
-from mixhead.training.config import Count, RunConfig, Source
+from mixhead.settings import Count, Source
+from mixhead.training.config import RunConfig
 from mixhead.training.folder import open_run
 
 
@@ -37,10 +38,10 @@ class AnyTrainer:
         return {"sha256": self.data}
 
 
-def opened(run: Path, config: RunConfig, resume: bool = True, data: str = "that") -> bool | None:
+def opened(run: Path, config: RunConfig, resume: bool = True, data: str = "that", task: str = "toy") -> bool | None:
     """What a trainer computes in after its run was opened."""
     trainer = AnyTrainer(run, config, data)
-    assert open_run(trainer, "toy", resume) == 0
+    assert open_run(trainer, task, resume) == 0
     return trainer.bfloat16
 
 
@@ -82,6 +83,8 @@ def test_only_the_same_run_is_continued(tmp_path):
         opened(tmp_path, replace(config, seed=3))
     with pytest.raises(MixheadError, match="sha256 was 'that' and is 'other'"):
         opened(tmp_path, config, data="other")
+    with pytest.raises(MixheadError, match="a run of another task, toy"):
+        opened(tmp_path, config, task="game")
 
 
 @pytest.mark.parametrize("factor", [4.0, 0.04])
@@ -119,7 +122,7 @@ def test_the_precision_of_earlier_versions(machine, tmp_path, place, began):
     if place == "beside":  # decided when the run began
         former = {"task": task, "steps": 50, "processes": 1, "bf16": began}
     (tmp_path / "run.json").write_text(json.dumps(former))
-    assert opened(tmp_path, Config(steps=50)) is began
+    assert opened(tmp_path, Config(steps=50), task=task) is began
 
 
 def test_what_a_former_run_tuned_is_compared(tmp_path):

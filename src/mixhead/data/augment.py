@@ -11,13 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from mixhead.errors import MixheadError
+from mixhead.settings import Natural, NotNegative, Probability, Settings, Share
 
 try:
     from PIL import Image, ImageEnhance, ImageOps
@@ -30,7 +33,7 @@ GREY = (124, 116, 104)  # ImageNet's mean: what comes into view where an image i
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Settings):
     """How training images are changed; the defaults are those of the published MoH-ViT recipe.
 
     Attributes:
@@ -52,35 +55,23 @@ class AugmentConfig:
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    randaugment_magnitude: float = 9.0
-    randaugment_deviation: float = 0.5
-    randaugment_operations: int = 2
-    color_jitter: float = 0.4
-    erasing: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    mix: float = 1.0
-    label_smoothing: float = 0.1
+    flip: Probability = 0.5
+    randaugment_magnitude: Annotated[float, Ge(0), Le(10)] = 9.0
+    randaugment_deviation: NotNegative = 0.5
+    randaugment_operations: Natural = 2
+    color_jitter: Share = 0.4
+    erasing: Probability = 0.25
+    mixup: NotNegative = 0.8
+    cutmix: NotNegative = 1.0
+    mix: Probability = 1.0
+    label_smoothing: Share = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("flip", "erasing", "mix"):
-            check_range(name, getattr(self, name), 0.0, 1.0)
-        for name in ("color_jitter", "label_smoothing"):
-            check_range(name, getattr(self, name), 0.0, 0.99)
-        check_range("randaugment_magnitude", self.randaugment_magnitude, 0.0, 10.0)
-        for name in ("randaugment_deviation", "randaugment_operations", "mixup", "cutmix"):
-            check_range(name, getattr(self, name), 0.0, math.inf)
+        super().__post_init__()
         for name, most in (("crop_scale", 1.0), ("crop_aspect", math.inf)):
             low, high = getattr(self, name)
             if not 0.0 < low <= high <= most:
                 raise MixheadError(f"{name}=({low}, {high}) must be two positive numbers, the smaller first.")
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raises where a setting is outside of its range."""
-    if not low <= value <= high:
-        raise MixheadError(f"{name}={value} must lie between {low:g} and {high:g}.")
 
 
 # One image

@@ -17,8 +17,9 @@ from mixhead.data.token_batches import RunBatches
 from mixhead.errors import MixheadError
 from mixhead.models.moa import MoAConfig, MoAEncoderConfig, MoATransformerConfig
 from mixhead.models.moa.modeling import MoAPreTrainedModel, step_share
+from mixhead.settings import Count, Positive, Share, Source
 from mixhead.training.checkpoints import checkpoints
-from mixhead.training.config import Count, Positive, RunConfig, Schedule, Share, Source
+from mixhead.training.config import RunConfig, Schedule
 from mixhead.training.health import HEALTH
 from mixhead.training.optimizer import Group
 from mixhead.training.trainer import PartOfStep, RunTrainer, Samples

@@ -59,7 +59,7 @@ def open_run(trainer: RunTrainer[Any], task: str, resume: bool) -> int:
 def _begin(trainer: RunTrainer[Any], task: str, resume: bool) -> bool:
     """Checks the folder and writes what is asked for into it; whether to compute in bfloat16."""
     run, config = trainer.run_folder, trainer.config
-    before = _asked_before(run, type(config))
+    before = _asked_before(run, task, type(config))
     if before and not resume:
         raise MixheadError(
             f"{run} holds a run already: continue it with resume=True (--resume), or give another folder."
@@ -84,14 +84,14 @@ def _begin(trainer: RunTrainer[Any], task: str, resume: bool) -> bool:
         run.mkdir(parents=True, exist_ok=True)
         remove_partial(run)
         recipe = yaml.safe_dump({"task": task, **settings}, sort_keys=False, allow_unicode=True)
-        write_text(run / MANIFEST, HEADER + recipe)
         write_text(run / FINGERPRINT, json.dumps({**fingerprint, "versions": versions}, indent=2) + "\n")
+        write_text(run / MANIFEST, HEADER + recipe)  # the last one: with it the run has begun
     except OSError as error:
         raise MixheadError(f"The folder of the run, {run}, cannot be written to ({error}).") from error
     return bfloat16
 
 
-def _asked_before(run: Path, kind: type[RunConfig]) -> dict[str, Any]:
+def _asked_before(run: Path, task: str, kind: type[RunConfig]) -> dict[str, Any]:
     """Settings and fingerprint of the run in a folder; empty where there is none."""
     path = run / MANIFEST
     former = None if path.is_file() else former_manifest(run)
@@ -100,12 +100,14 @@ def _asked_before(run: Path, kind: type[RunConfig]) -> dict[str, Any]:
     try:
         if former is None:
             values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-            values.pop("task")
+            trained = values.pop("task")
             fingerprint = dict(json.loads((run / FINGERPRINT).read_text(encoding="utf-8")))
         else:
-            values, fingerprint = read_former(former, kind)
+            trained, values, fingerprint = read_former(former, kind)
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise MixheadError(f"{former or path} cannot be read ({error}): give another folder for a new run.") from error
+    if trained != task:
+        raise MixheadError(f"{run} holds a run of another task, {trained}: give another folder.")
     if former is not None and former.name == "tune.json":
         return {**values, **fingerprint}  # what is tuned was no setting then
     try:

@@ -66,8 +66,8 @@ def former_manifest(run: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_former(manifest: Path, defaults: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of a run of an earlier version under the keys of today, and the fingerprint of what it trained.
+def read_former(manifest: Path, defaults: type) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Task of a run of an earlier version, its settings under the keys of today, the fingerprint of what it trained.
 
     Raises:
         OSError, ValueError, TypeError: where the file cannot be read.
@@ -85,4 +85,5 @@ def read_former(manifest: Path, defaults: type) -> tuple[dict[str, Any], dict[st
     precision = nested.pop("bf16", None) if decided is None else decided
     nested.pop("bf16", None)
     values, _ = todays_keys(task, settings, defaults)
-    return {**values, "precision": NAMES.get(precision, PRECISION.get(task, "bfloat16"))}, fingerprint
+    values["precision"] = NAMES.get(precision, PRECISION.get(task, "bfloat16"))
+    return task, values, fingerprint

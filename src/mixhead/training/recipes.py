@@ -17,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mixhead.errors import MixheadError
-from mixhead.training.config import sentence
+from mixhead.settings import sentence
 
 SUFFIX = ".yaml"
 

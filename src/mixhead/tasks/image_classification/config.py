@@ -10,7 +10,8 @@ from annotated_types import Ge, Gt, Le
 
 from mixhead.data.augment import AugmentConfig
 from mixhead.errors import MixheadError
-from mixhead.training.config import Count, NotNegative, Positive, RunConfig, Schedule, Share, Source, absolute
+from mixhead.settings import Count, NotNegative, Positive, Share, Source, absolute
+from mixhead.training.config import RunConfig, Schedule
 
 FASHION_MNIST = "fashion-mnist"
 

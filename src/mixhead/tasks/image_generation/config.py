@@ -10,17 +10,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 
 from mixhead.errors import MixheadError
-from mixhead.training.config import (
-    Count,
-    NotNegative,
-    Positive,
-    Precision,
-    RunConfig,
-    Schedule,
-    Settings,
-    Share,
-    Source,
-)
+from mixhead.settings import Count, NotNegative, Positive, Settings, Share, Source
+from mixhead.training.config import Precision, RunConfig, Schedule
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 

@@ -22,7 +22,8 @@ from transformers import set_seed
 from mixhead.data.noised_images import PixelInputs, generation_images, pixel_inputs
 from mixhead.errors import MixheadError
 from mixhead.files import write_text
-from mixhead.training.config import Count, Positive, Precision, RunConfig, Schedule, Share, Source
+from mixhead.settings import Count, Positive, Share, Source
+from mixhead.training.config import Precision, RunConfig, Schedule
 from mixhead.training.recipes import settings_from
 from mixhead.training.run import Metrics
 from mixhead.training.trainer import PartOfStep, RunTrainer, Samples

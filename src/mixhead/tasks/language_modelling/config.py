@@ -8,17 +8,8 @@ from typing import Annotated
 from annotated_types import Ge
 
 from mixhead.errors import MixheadError
-from mixhead.training.config import (
-    Count,
-    Natural,
-    NotNegative,
-    Positive,
-    Probability,
-    RunConfig,
-    Schedule,
-    Share,
-    Source,
-)
+from mixhead.settings import Count, Natural, NotNegative, Positive, Probability, Share, Source
+from mixhead.training.config import RunConfig, Schedule
 
 SMOLLM2, ADDRESSES = "smollm2", "addresses"
 

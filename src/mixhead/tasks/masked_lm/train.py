@@ -26,8 +26,8 @@ from mixhead.data.vocabulary import check_vocabulary, load_vocabulary, vocabular
 from mixhead.errors import MixheadError, first_line
 from mixhead.models.moa import MoAEncoderConfig, MoAForMaskedLM
 from mixhead.models.moa.modeling import IGNORED
+from mixhead.settings import Count, Source
 from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer, model_config
-from mixhead.training.config import Count, Source
 from mixhead.training.run import Metrics
 
 # Names of the files of WikiText-103 in its folder, as published and as Hugging Face writes them.

@@ -21,11 +21,11 @@ from mixhead.data.sentence_pairs import read_pairs
 from mixhead.data.token_batches import PairBatches
 from mixhead.data.vocabulary import vocabulary_for
 from mixhead.models.moa import MoATransformerConfig, MoATransformerForConditionalGeneration
+from mixhead.settings import Count, Share, Source
 from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer, model_config
 from mixhead.tasks.translation.config import TranslateConfig
 from mixhead.tasks.translation.scores import TranslationScores, score_translations
 from mixhead.tasks.translation.translate import load_translator, translate_lines
-from mixhead.training.config import Count, Share, Source
 from mixhead.training.run import Metrics
 
 NAMES = ("libreoffice-help", "debian-handbook")
