@@ -79,7 +79,7 @@ class Comparison(ABC):
         recipe = read_recipe(self.recipe, [*overrides, f"seed={seed}"])
         values = {**recipe.values, "model": self.model(arm, recipe.values["model"])}
         recipe = Recipe(recipe.name, recipe.task, values)
-        result = train_recipe(recipe, folder, resume=(folder / "log.csv").is_file())
+        result = train_recipe(recipe, folder, resume=True)
         row = {
             "arm": arm,
             "seed": seed,
