@@ -1,6 +1,6 @@
 """Builds a wheel with the compiled kernels inside: one library an instruction set, for old and new Linux alike.
 
-    python scripts/wheel.py x86_64 dist      (or aarch64)
+    python scripts/wheel.py x86_64 dist
 
 Zig is the compiler: it brings the C library of any age and the C++ library along. One wheel serves every Python and, by
 the stable ABI, PyTorch from the oldest supported version on.
@@ -19,7 +19,8 @@ from mixhead.ops.cpu.compiling import SOURCES, compile_command
 from mixhead.ops.cpu.level import LEVELS
 
 ROOT = Path(__file__).parent.parent
-KINDS = {"x86_64": "x86", "aarch64": "arm"}
+# ARM compiles too; auditwheel refuses to repair its wheel on another processor.
+KINDS = {"x86_64": "x86"}
 GLIBC = "2.28"  # the oldest that PyTorch's own wheels run with
 PROJECT = ("src", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 # No line of it runs later: sections that nobody calls are left out, symbols too.
@@ -35,8 +36,8 @@ class Platform(BuildHookInterface):
 
 
 def levels(arch: str) -> list[str]:
-    """The instruction sets worth a library: plain ARM is NEON."""
-    return [level for level in LEVELS[KINDS[arch]] if (arch, level) != ("aarch64", "plain")]
+    """The instruction sets, each a library."""
+    return list(LEVELS[KINDS[arch]])
 
 
 def compile_level(level: str, arch: str, folder: Path, stub: Path) -> None:
