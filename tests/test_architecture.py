@@ -55,6 +55,8 @@ LONGER_FUNCTIONS = {
     "ops/triton/kernels.py: forward",
     "ops/triton/kernels.py: key_gradient",
 }
+# Rooms whose files still import each other in a circle. This list only gets shorter.
+CIRCLES_LEFT = {"ops", "models"}
 # Loose files in `tasks`: every task may use them, and `registry` knows every task.
 SHARED_BY_TASKS = {"moa_training"}
 
@@ -191,12 +193,12 @@ def test_no_task_knows_another():
     assert not broken, "\n" + "\n".join(broken)
 
 
-def test_no_circle_of_files():
-    """No file of `training`, `data` or `tasks` needs, over however many others, itself."""
+@pytest.mark.parametrize("room", [room for room in ROOMS if room not in CIRCLES_LEFT])
+def test_no_circle_of_files(room):
+    """No file of a room needs, over however many others, itself."""
     files = {
         ".".join(["mixhead", *f.relative_to(PACKAGE).with_suffix("").parts]): f
-        for room in ("training", "data", "tasks")
-        for f in (PACKAGE / room).rglob("*.py")
+        for f in [*(PACKAGE / room).rglob("*.py"), *PACKAGE.glob(f"{room}.py")]
         if f.stem != "__init__"
     }
     needs = {name: set() for name in files}

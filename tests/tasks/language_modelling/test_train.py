@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -367,6 +368,32 @@ def test_a_finished_run_can_be_asked_for_again(whole_run):
     again = tune(converted(), windows(), SMALL, folder, resume=True, progress=False)
     assert again.resumed_from == again.steps == 8 and again.loss == result.loss
     assert_same(again.model.state_dict(), result.model.state_dict(), rtol=0, atol=0)
+
+
+# What version 0.1.0 wrote for SMALL before `recipe.yaml`, but for the paths.
+TUNE_JSON = {
+    "config": {
+        "tokens": 384, "batch_size": 2, "gradient_accumulation": 2, "learning_rate": 0.01, "final_learning_rate": 5e-06,
+        "schedule": "cosine", "router_learning_rate_factor": 1.0, "warmup": 0.2, "weight_decay": 0.01,
+        "max_grad_norm": 1.0, "bf16": False, "gradient_checkpointing": False, "distillation_weight": 0.0,
+        "distillation_temperature": 1.0, "lora_rank": 0, "balance_coefficient": None, "seed": 0, "save_every": 3,
+        "keep_checkpoints": 2,
+    },
+    "model": "MoHLlamaForCausalLM", "parameters": 6040, "windows": [9, 12],
+    "windows_sha256": "62bf2d565fd04fb32246975354a652ee9ffe86e309ad40ff8974d3cb0f1ca499", "processes": 1,
+}  # fmt: skip
+
+
+def test_a_run_of_an_earlier_version_goes_on(whole_run, tmp_path):
+    _, folder = whole_run
+    (tmp_path / "tune.json").write_text(json.dumps(TUNE_JSON))
+    shutil.copy(folder / "log.csv", tmp_path / "log.csv")
+    shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
+    with pytest.raises(MixheadError, match="seed was 0 and is 1"):
+        tune(converted(), windows(), replace(SMALL, seed=1), tmp_path, resume=True, progress=False)
+    assert tune(converted(), windows(), SMALL, tmp_path, resume=True, progress=False).resumed_from == 6
+    assert rows(tmp_path) == rows(folder)
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["tokens"] == 384
 
 
 def test_a_run_is_not_overwritten_or_continued_as_another(whole_run):

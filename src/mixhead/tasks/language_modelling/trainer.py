@@ -128,7 +128,8 @@ class TuneTrainer(RunTrainer[TuneConfig]):
     def fingerprint(self) -> dict[str, Any]:
         """What the model and the windows are."""
         return {
-            "architecture": type(self.base_model).__name__,
+            # A converted model bears the name of its original.
+            "architecture": "MoH" * self.is_converted + type(self.base_model).__name__,
             "parameters": sum(p.numel() for p in self.base_model.parameters()),
             "windows": list(self.windows_WT.shape),
             "windows_sha256": hashlib.sha256(self.windows_WT.contiguous().numpy().tobytes()).hexdigest(),
