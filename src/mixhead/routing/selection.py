@@ -11,7 +11,8 @@ def top_k_mask(scores_BNH: Tensor, k: int) -> Tensor:
     mask_BNH = torch.zeros_like(scores_BNH, dtype=torch.bool)
     if k == 0:
         return mask_BNH
-    return mask_BNH.scatter(-1, scores_BNH.topk(k, dim=-1).indices, True)
+    # 1, since torch.jit.trace knows no scatter of True.
+    return mask_BNH.scatter(-1, scores_BNH.topk(k, dim=-1).indices, 1)
 
 
 def grouped_top_k_mask(scores_BNH: Tensor, k: int, num_groups: int) -> Tensor:

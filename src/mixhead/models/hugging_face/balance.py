@@ -38,6 +38,42 @@ def balance_term(model: Any, trace: RoutingTrace, kwargs: dict[str, Any]) -> Ten
     return coefficient * balance * target_share(model, kwargs)
 
 
+def carried(outputs: Any, balance: Tensor, num_items: Tensor | int | None) -> Any:
+    """The outputs of a call that computes no loss, such that whatever is computed from them trains the routers too.
+
+    The Trainer's label smoothing, and losses of one's own, see outputs alone. So the balance loss is carried by the
+    logits (or the first tensor): their values stay, and in the backward pass it receives its gradient.
+
+    Args:
+        outputs: a ModelOutput or a tuple.
+        balance: what the balance loss adds, a 0-d tensor.
+        num_items: targets of the whole optimizer step, where the Trainer has told them; see `target_share`.
+    """
+    if isinstance(outputs, tuple):
+        return (BalanceGradient.apply(outputs[0], balance, num_items), *outputs[1:])
+    name = "logits" if "logits" in outputs else next(key for key, value in outputs.items() if torch.is_tensor(value))
+    outputs[name] = BalanceGradient.apply(outputs[name], balance, num_items)
+    return outputs
+
+
+class BalanceGradient(torch.autograd.Function):
+    """Hands a tensor [..., V] on; in the backward pass the balance loss receives its share of the step as gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, balance: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """The tensor."""
+        ctx.num_items, ctx.dtype = num_items, balance.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """A row with a gradient is a target: their number over those of the step is the share."""
+        share = grad.new_ones((), dtype=ctx.dtype)
+        if ctx.num_items is not None:
+            share = (grad.flatten(0, -2).ne(0).any(-1).sum() / ctx.num_items).to(ctx.dtype)
+        return grad, share, None
+
+
 def target_share(model: Any, kwargs: dict[str, Any]) -> Tensor | float:
     """The share of this forward call in its optimizer step: its number of targets over those of the whole step.
 

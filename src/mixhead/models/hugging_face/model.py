@@ -12,13 +12,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face.attention import ATTENTION, ATTENTION_OF_EAGER
-from mixhead.models.hugging_face.balance import balance_term
+from mixhead.models.hugging_face.balance import balance_term, carried
 from mixhead.models.hugging_face.configuration import moh_config_class, name_of, new_instance
 from mixhead.models.hugging_face.routers import attach_routers, initialise_routing
 from mixhead.models.hugging_face.trace import JoinedTrace, RoutingTrace
@@ -65,7 +66,10 @@ class MoHModelMixin:
 
 
 def forward_with_balance_loss(base_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a converted model: in training the balance loss joins the loss, exactly once."""
+    """The forward of a converted model: in training the balance loss joins the loss, exactly once.
+
+    Where a call computes no loss its outputs carry the balance loss, unless the caller asks for the routings himself.
+    """
 
     @functools.wraps(base_forward)
     def forward(self: Any, *args: Any, routing_trace: RoutingTrace | None = None, **kwargs: Any) -> Any:
@@ -85,6 +89,10 @@ def forward_with_balance_loss(base_forward: Callable[..., Any]) -> Callable[...,
         loss = getattr(outputs, "loss", None)
         if loss is not None:
             outputs.loss = loss + balance_term(self, own, kwargs).to(loss)
+        elif routing_trace is None and self.config.moh["balance_coefficient"] > 0.0 and torch.is_grad_enabled():
+            balance = balance_term(self, own, kwargs)
+            told = kwargs.get("num_items_in_batch") if kwargs.get("labels") is None else None
+            return carried(outputs, balance, told) if balance.requires_grad else outputs
         return outputs
 
     signature = inspect.signature(base_forward)

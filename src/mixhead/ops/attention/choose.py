@@ -27,7 +27,7 @@ TRITON_MIN_QUERIES = 128
 SLOTS_MIN_QUERIES = 512
 SLOTS_MAX_SHARE = 0.5
 
-WITHOUT = "torch.func and forward-mode derivatives need the plain operations of PyTorch"
+WITHOUT = "torch.func, forward-mode derivatives and torch.jit.trace need the plain operations of PyTorch"
 
 
 def explain(
