@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -22,6 +22,7 @@ from mixhead.training.checkpoints import checkpoints
 from mixhead.training.config import RunConfig, Schedule
 from mixhead.training.health import HEALTH
 from mixhead.training.optimizer import Group
+from mixhead.training.recipes import refuse_unknown_fields
 from mixhead.training.trainer import PartOfStep, RunTrainer, Samples
 
 
@@ -132,11 +133,8 @@ def model_config(
         MixheadError: where a key is unknown.
     """
     settings = dict(settings)
-    known = {field.name for field in fields(cls)}
-    unknown = [name for name in settings if name not in known | {"name"}]
-    if unknown:
-        raise MixheadError(f"The recipe has an unknown key model.{unknown[0]}: {cls.__name__} has no such field.")
     name = settings.pop("name", None)
+    refuse_unknown_fields(cls, settings)
     if name is None:
         return cls(vocab_size=vocabulary, **settings)
     if not issubclass(cls, MoATransformerConfig):

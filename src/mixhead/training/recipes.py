@@ -109,6 +109,14 @@ def settings_from(cls: type[Settings], values: Mapping[str, Any], where: str = "
         raise MixheadError("; ".join(sentence(detail, where) for detail in error.errors()) + ".") from error
 
 
+def refuse_unknown_fields(cls: type, model: Mapping[str, Any]) -> None:
+    """Refuses what a recipe says of a model where the class of its configuration has no such field."""
+    known = {field.name for field in fields(cls)}
+    for name in model:
+        if name not in known:
+            raise MixheadError(f"The recipe has an unknown key model.{name}: {cls.__name__} has no such field.")
+
+
 def _replace(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *parts, last = key.split(".")

@@ -151,8 +151,11 @@ class RunTrainer(Trainer, Generic[Config]):
         arguments = training_arguments(run, config, samples.batch_size, **settings)
         per_step = samples.batch_size * config.gradient_accumulation * arguments.world_size
         arguments.max_steps = samples.steps(per_step)
+        self.units_per_step = round(per_step * samples.units)
         if arguments.max_steps < 1:
-            raise MixheadError(f"The run is too short for one optimizer step, which reads {per_step:,} samples.")
+            raise MixheadError(
+                f"The run is too short for one optimizer step, which reads {self.units_per_step:,} {self.unit}."
+            )
         dataset = samples.dataset(arguments.max_steps * per_step)
         try:
             super().__init__(model=model, args=arguments, train_dataset=dataset, data_collator=samples.collate)
@@ -161,7 +164,6 @@ class RunTrainer(Trainer, Generic[Config]):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.loss_is_scaled_for_ga = True  # `compute_loss` returns a micro-batch's share of the step's mean
-        self.units_per_step = round(per_step * samples.units)
         self.run_folder = run
         self.bfloat16 = False
         self.gradient_norm: float | None = None

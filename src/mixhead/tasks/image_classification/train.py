@@ -6,7 +6,6 @@ machines: start `mixhead` with `torchrun`.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from mixhead.tasks.image_classification.config import ImageTrainConfig
 from mixhead.tasks.image_classification.distiller import ImageDistiller
 from mixhead.tasks.image_classification.evaluate import evaluate_images, load_classifier
 from mixhead.tasks.image_classification.trainer import ImageTrainer
+from mixhead.training.recipes import refuse_unknown_fields
 from mixhead.training.run import Metrics
 
 
@@ -73,16 +73,13 @@ def starting_model(config: ImageTrainConfig, classes: tuple[str, ...]) -> tuple[
                 f"The model in {settings['folder']} knows other classes than the data, or in another order."
             )
         return model, processor
-    known_fields = {f.name for f in fields(MoHTransNeXtConfig)}
-    unknown = [name for name in settings if name not in known_fields | {"name"}]
-    if unknown:
-        raise MixheadError(f"The recipe has an unknown key model.{unknown[0]}: MoHTransNeXtConfig has no such field.")
+    name = settings.pop("name", None)
+    refuse_unknown_fields(MoHTransNeXtConfig, settings)
     labels = {
         "num_labels": len(classes),
         "id2label": dict(enumerate(classes)),
         "label2id": {name: number for number, name in enumerate(classes)},
     }
-    name = settings.pop("name", None)
     make = MoHTransNeXtConfig if name is None else partial(MoHTransNeXtConfig.named, name)
     sizes = make(**settings, **labels)
     return MoHTransNeXtForImageClassification(sizes), image_processor(sizes, config.crop_share)

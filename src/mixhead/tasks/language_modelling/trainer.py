@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ class TuneTrainer(RunTrainer[TuneConfig]):
         samples = Samples(
             dataset=lambda length: WindowOrder(windows_WT, length, config.seed),
             collate=collate,
-            steps=partial(steps_of, config.tokens, windows_WT.shape[1]),
+            steps=lambda per_step: config.tokens // (per_step * windows_WT.shape[1]),
             batch_size=config.batch_size,
             units=windows_WT.shape[1],
         )
@@ -144,21 +143,6 @@ class TuneTrainer(RunTrainer[TuneConfig]):
         self.merged.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-
-
-def steps_of(tokens: int, window: int, per_step: int) -> int:
-    """The optimizer steps that a budget of tokens reaches for.
-
-    Raises:
-        MixheadError: where it does not reach for one.
-    """
-    steps = tokens // (per_step * window)
-    if steps == 0:
-        raise MixheadError(
-            f"tokens={tokens:,} does not reach for one optimizer step, which reads {per_step * window:,} tokens "
-            f"({per_step} windows of {window})."
-        )
-    return steps
 
 
 def with_lora(model: PreTrainedModel, rank: int) -> Any:
