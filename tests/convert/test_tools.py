@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as t
 from torch.utils.data import Dataset
-from zoo import TOKENS, ZOO, answer, same_bits, tokens
+from zoo import IMAGE, SIZES, TOKENS, ZOO, answer, same_bits, tokens
 
 import mixhead
 from mixhead import MoHConfig
@@ -196,3 +196,33 @@ def test_torch_jit_trace(name, make):
         traced = torch.jit.trace(module, (tokens(),), strict=False)
     other = tokens().flip(0, 1)
     torch.testing.assert_close(traced(other), module(other), rtol=1e-4, atol=1e-5)
+
+
+def tiny_llava():
+    text, image = {**SIZES, "num_hidden_layers": 1}, {**IMAGE, "intermediate_size": 48, "projection_dim": 16}
+    config = t.LlavaConfig(
+        text_config=t.LlamaConfig(**text), vision_config=t.CLIPVisionConfig(**image), image_token_index=3
+    )
+    return t.LlavaForConditionalGeneration(config).eval()
+
+
+def test_a_part_that_was_converted_alone_is_not_saved_inside_a_whole_that_was_not(tmp_path):
+    whole = tiny_llava()
+    part = mixhead.convert(whole.model.language_model, MoHConfig(active=0.5))
+    with pytest.raises(mixhead.MixheadError, match="LlavaForConditionalGeneration cannot be saved: a part of it"):
+        whole.save_pretrained(tmp_path / "whole")
+    assert whole.state_dict().keys() > {"model.language_model.norm.weight"}
+    part.save_pretrained(tmp_path / "part")
+    loaded = mixhead.load(tmp_path / "part")
+    ids = tokens()
+    assert same_bits(loaded(ids).last_hidden_state, part(ids).last_hidden_state)
+    mixhead.revert(part)
+    whole.save_pretrained(tmp_path / "reverted")
+    assert not isinstance(mixhead.load(tmp_path / "reverted"), MoHModelMixin)
+
+
+def test_a_whole_that_was_converted_is_saved_with_its_parts(tmp_path):
+    whole = mixhead.convert(tiny_llava(), MoHConfig(active=0.5))
+    whole.save_pretrained(tmp_path)
+    loaded = mixhead.load(tmp_path)
+    assert same_bits(loaded(input_ids=tokens().clamp(min=4)).logits, whole(input_ids=tokens().clamp(min=4)).logits)

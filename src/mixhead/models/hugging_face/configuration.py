@@ -74,8 +74,9 @@ class MoHConfigMixin:
         """Reads the form of the file, that of earlier files, and the one that `to_dict` gives."""
         if NESTED in config_dict:
             outer = {k: v for k, v in config_dict.items() if k not in (NESTED, NESTED_TYPE, POISONED_FIELD)}
-            config_dict = {**config_dict[NESTED], **outer}
-        flat = {k: v for k, v in config_dict.items() if k not in ("model_type", *FILE_FIELDS)}
+            config_dict = {**config_dict[NESTED], **outer, "model_type": config_dict[NESTED_TYPE]}
+        # The model type stays, for models that run under the class of another: their weights have names by it.
+        flat = {k: v for k, v in config_dict.items() if k not in FILE_FIELDS}
         check_description(flat.get("moh"))
         return super().from_dict(flat, **kwargs)  # type: ignore[misc]
 

@@ -54,6 +54,16 @@ class MoHModelMixin:
                 initialise_routing(module)
         super().initialize_weights()  # type: ignore[misc]
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused where a larger model that was not converted saves itself: its file would say nothing of the heads."""
+        whole = model_that_saves()
+        if whole is not None and not isinstance(whole, MoHModelMixin):
+            raise MixheadError(
+                f"{type(whole).__name__} cannot be saved: a part of it, {type(self).__name__}, was converted alone, "
+                "and the configuration of the whole does not say so. Convert the whole model, or save the part."
+            )
+        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         """Refused: under any other attention function all heads would run, and nobody would notice."""
         names = attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
@@ -63,6 +73,17 @@ class MoHModelMixin:
                 "all heads. Call mixhead.revert on it first."
             )
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+
+
+def model_that_saves() -> PreTrainedModel | None:
+    """The model whose `save_pretrained` is running, if any: nothing else tells a part that its whole is being saved."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self") if frame.f_code.co_name == "save_pretrained" else None
+        if isinstance(owner, PreTrainedModel):
+            return owner
+        frame = frame.f_back
+    return None
 
 
 def forward_with_balance_loss(base_forward: Callable[..., Any]) -> Callable[..., Any]:
