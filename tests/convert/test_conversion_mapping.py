@@ -23,15 +23,15 @@ from mixhead import MixheadError, MoHConfig
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "d_model": 32, "hidden_dim": 32, "intermediate_size": 48,
-    "ffn_hidden_size": 48, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-    "shared_intermediate_size": 16, "expert_ffn_hidden_size": 16, "num_hidden_layers": 2, "num_layers": 2,
-    "encoder_layers": 2, "decoder_layers": 2, "num_attention_heads": 4, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_local_experts": 4, "num_experts": 4,
-    "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2, "n_shared_experts": 1,
-    "first_k_dense_replace": 1, "decoder_sparse_step": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "image_size": 8, "patch_size": 4,
-    "mlp_ratio": 2, "projection_dim": 16, "sliding_window": 4,
+    "ffn_hidden_size": 48, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "shared_intermediate_size": 16, "expert_ffn_hidden_size": 16,
+    "num_hidden_layers": 2, "num_layers": 2, "encoder_layers": 2, "decoder_layers": 2, "num_attention_heads": 4,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_local_experts": 4,
+    "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "decoder_sparse_step": 1, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "image_size": 8, "patch_size": 4, "mlp_ratio": 2, "projection_dim": 16, "sliding_window": 4,
 }  # fmt: skip
 LARGEST = 20_000_000
 KEYS = [key for key in _build_checkpoint_conversion_mapping() if key in CONFIG_MAPPING]
