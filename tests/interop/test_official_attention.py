@@ -30,7 +30,7 @@ def test_golden_case(golden, name, impl):
     gradients = case.gradients
     torch.testing.assert_close(x_BNC.grad, gradients.pop("x"), **GRADIENT)
     # The official gradient of `qkv` is cut as its weight is: into those of q_proj, k_proj and v_proj.
-    expected = rename_attention(gradients, router="router")
+    expected = rename_attention(gradients)
     actual = {parameter: tensor.grad for parameter, tensor in layer.named_parameters()}
     assert actual.keys() == expected.keys()
     for parameter, gradient in expected.items():
