@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mixhead.convert.dit import dit_sites, set_dit_layer_heads
 from mixhead.convert.swap import set_layer_heads
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import AttentionSite, MoHModelMixin, RoutingTrace, find_sites
+from mixhead.models.hugging_face import AttentionSite, MoHModelMixin, find_sites
 from mixhead.models.moh_dit import MoHDiT
-from mixhead.nn import MixtureOfHeadAttention
 from mixhead.routing import LayerHeads
 
 
@@ -85,43 +85,21 @@ class ConvertedModel(Subject):
 
     def observe(self, batch: Mapping[str, Any], observer: Observer) -> None:
         """See `Subject`."""
-        self.model(**batch, routing_trace=ObservingTrace(observer))
+
+        def show(
+            module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None,
+            is_causal: bool | None, hidden_BNC: Tensor, token_mask_BN: Tensor | None,
+        ) -> tuple[Tensor, None]:  # fmt: skip
+            heads_BNHD, _ = sdpa_attention_forward(module, q, k, v, mask, 0.0, scaling, is_causal)
+            observer.observe(cast(str, module.moh_name), hidden_BNC, heads_BNHD, token_mask_BN)
+            return heads_BNHD, None
+
+        self.model(**batch, stand_in=show)
 
     def run(self, batch: Mapping[str, Any], routed: str | None) -> Any:
         """See `Subject`."""
-        return self.model(**batch, routing_trace=OnlyTrace(routed))
-
-
-class ObservingTrace(RoutingTrace):
-    """Has every layer run densely, and passes on what it computes."""
-
-    def __init__(self, observer: Observer) -> None:
-        super().__init__()
-        self.observer = observer
-
-    def wants_heads(self, name: str) -> bool:
-        """Always: statistics are those of the original model."""
-        del name
-        return True
-
-    def observe(
-        self, name: str, hidden_BNC: Tensor, q_BHND: Tensor, heads_BHND: Tensor, token_mask_BN: Tensor | None
-    ) -> None:
-        """Passes it on."""
-        del q_BHND
-        self.observer.observe(name, hidden_BNC, heads_BHND.transpose(1, 2), token_mask_BN)
-
-
-class OnlyTrace(RoutingTrace):
-    """Lets one layer route, or none."""
-
-    def __init__(self, only: str | None) -> None:
-        super().__init__()
-        self.only = only
-
-    def routes(self, name: str) -> bool:
-        """Whether this is the one."""
-        return name == self.only
+        with only_routes(self.sites, "moh_router", routed):
+            return self.model(**batch)
 
 
 class ConvertedDiT(Subject):
@@ -141,28 +119,29 @@ class ConvertedDiT(Subject):
 
     def observe(self, batch: Mapping[str, Any], observer: Observer) -> None:
         """Without a router the heads reach the output projection as they are."""
-        with self.routing_in(None), ExitStack() as hooks:
+        with only_routes(self.sites, "router", None), ExitStack() as hooks:
             for site in self.sites:
                 hooks.enter_context(shown_heads(site, observer))
             self.model(**batch)
 
     def run(self, batch: Mapping[str, Any], routed: str | None) -> Any:
         """See `Subject`."""
-        with self.routing_in(routed):
+        with only_routes(self.sites, "router", routed):
             return self.model(**batch)
 
-    @contextmanager
-    def routing_in(self, name: str | None) -> Iterator[None]:
-        """Every other layer uses all heads meanwhile."""
-        others = [cast(MixtureOfHeadAttention, site.module) for site in self.sites if site.name != name]
-        routers = [attention.router for attention in others]
-        try:
-            for attention in others:
-                attention.router = None
-            yield
-        finally:
-            for attention, router in zip(others, routers, strict=True):
-                attention.router = router
+
+@contextmanager
+def only_routes(sites: list[AttentionSite], attribute: str, name: str | None) -> Iterator[None]:
+    """One module keeps the router that stands under the attribute; every other uses all heads meanwhile."""
+    others = [site.module for site in sites if site.name != name]
+    routers = [getattr(module, attribute) for module in others]
+    try:
+        for module in others:
+            setattr(module, attribute, None)
+        yield
+    finally:
+        for module, router in zip(others, routers, strict=True):
+            setattr(module, attribute, router)
 
 
 @contextmanager

@@ -16,43 +16,56 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import MoHModelMixin, RoutingTrace
-from mixhead.routing import Routing
+from mixhead.models.hugging_face import MoHModelMixin, moh_attention_forward
+from mixhead.models.hugging_face.attention import is_causal_here
 
 
-class AttentionTrace(RoutingTrace):
-    """Computes the weights of every module that routes.
+class AttentionMaps:
+    """Stands in for the attention of a call: computes the weights of every module that routes, and then its output.
 
     Attributes:
         maps: weights times gates, float32 [B, H, N, T] on the CPU, by the name of the module.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.maps: dict[str, Tensor] = {}
 
-    def look(
+    def __call__(
         self,
-        name: str,
+        module: Any,
         q_BHND: Tensor,
         k_BKTD: Tensor,
-        routing: Routing,
-        attn_mask: Tensor | None,
-        scale: float | None,
-        causal: bool,
-    ) -> None:
-        """Computes the weights of one module."""
-        k_BHTD = k_BKTD.repeat_interleave(q_BHND.shape[1] // k_BKTD.shape[1], dim=1)
-        factor = 1.0 / math.sqrt(q_BHND.shape[-1]) if scale is None else scale
-        scores_BHNT = (q_BHND.float() @ k_BHTD.float().transpose(-1, -2)) * factor
-        if causal:
-            later_NT = torch.ones(scores_BHNT.shape[-2:], dtype=torch.bool, device=scores_BHNT.device).triu(1)
-            scores_BHNT = scores_BHNT.masked_fill(later_NT, -math.inf)
-        if attn_mask is not None:
-            allowed = attn_mask.dtype == torch.bool
-            scores_BHNT = scores_BHNT.masked_fill(~attn_mask, -math.inf) if allowed else scores_BHNT + attn_mask
-        gates_BHN1 = (routing.gates_BNH * routing.selected_BNH).transpose(1, 2).unsqueeze(-1)
-        self.maps[name] = (scores_BHNT.softmax(-1).nan_to_num() * gates_BHN1).float().cpu()
+        v_BKTD: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None,
+        is_causal: bool | None,
+        hidden_BNC: Tensor,
+        token_mask_BN: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `StandIn`."""
+        if module.moh_router is not None:
+            routing = module.moh_router(hidden_BNC, q_BHND, token_mask_BN)
+            causal = is_causal_here(module, q_BHND, attention_mask, is_causal)
+            weights_BHNT = weights_of(q_BHND, k_BKTD, attention_mask, scaling, causal)
+            gates_BHN1 = (routing.gates_BNH * routing.selected_BNH).transpose(1, 2).unsqueeze(-1)
+            self.maps[module.moh_name] = (weights_BHNT * gates_BHN1).float().cpu()
+        return moh_attention_forward(
+            module, q_BHND, k_BKTD, v_BKTD, attention_mask, 0.0, scaling, is_causal, hidden_BNC
+        )
+
+
+def weights_of(q_BHND: Tensor, k_BKTD: Tensor, attn_mask: Tensor | None, scale: float | None, causal: bool) -> Tensor:
+    """The attention weights of all heads, [B, H, N, T] in float32; 0 where a query may attend to nothing."""
+    k_BHTD = k_BKTD.repeat_interleave(q_BHND.shape[1] // k_BKTD.shape[1], dim=1)
+    factor = 1.0 / math.sqrt(q_BHND.shape[-1]) if scale is None else scale
+    scores_BHNT = (q_BHND.float() @ k_BHTD.float().transpose(-1, -2)) * factor
+    if causal:
+        later_NT = torch.ones(scores_BHNT.shape[-2:], dtype=torch.bool, device=scores_BHNT.device).triu(1)
+        scores_BHNT = scores_BHNT.masked_fill(later_NT, -math.inf)
+    if attn_mask is not None:
+        allowed = attn_mask.dtype == torch.bool
+        scores_BHNT = scores_BHNT.masked_fill(~attn_mask, -math.inf) if allowed else scores_BHNT + attn_mask
+    return scores_BHNT.softmax(-1).nan_to_num()
 
 
 @torch.inference_mode()
@@ -68,9 +81,9 @@ def attention_maps(model: torch.nn.Module, **inputs: Any) -> dict[str, Tensor]:
     """
     if not isinstance(model, MoHModelMixin):
         raise MixheadError(f"{type(model).__name__} is not converted: call mixhead.convert on it first.")
-    trace = AttentionTrace()
-    model(**inputs, routing_trace=trace, use_cache=False)
-    return trace.maps
+    stand_in = AttentionMaps()
+    model(**inputs, stand_in=stand_in, use_cache=False)
+    return stand_in.maps
 
 
 def to_bertviz(maps: Mapping[str, Tensor], tokens: Sequence[str], **options: Any) -> Any:

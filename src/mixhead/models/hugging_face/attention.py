@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,25 @@ ATTENTION = "mixhead"
 ATTENTION_OF_EAGER = "mixhead_eager"
 # What some models hand to the interface, and what changes the mathematics in a way that only their own function knows.
 UNSUPPORTED = frozenset({"softcap", "position_bias", "s_aux", "cache"})
+
+
+class StandIn(Protocol):
+    """Computes the attention of one call instead of the function below: so calibration and inspection look."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        q_BHND: Tensor,
+        k_BKTD: Tensor,
+        v_BKTD: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None,
+        is_causal: bool | None,
+        hidden_BNC: Tensor,
+        token_mask_BN: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `moh_attention_forward`; False in the token mask is padding."""
+        ...
 
 
 # Floating masks add at least this much to the scores that they allow: transformers forbids with the smallest number.
@@ -106,6 +125,7 @@ def moh_attention_forward(
     routing_trace: RoutingTrace | None = None,
     decoder_token_mask_BN: Tensor | None = None,
     head_attention_impl: str = "auto",
+    stand_in: StandIn | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the selected heads, under the contract of transformers' attention interface.
@@ -123,27 +143,22 @@ def moh_attention_forward(
         routing_trace: collects the routing.
         decoder_token_mask_BN: bool, False at padding of the decoder, whose cross-attention has no mask to tell it.
         head_attention_impl: the engine, see `mixhead.ops.head_attention`; given to the model's call as a keyword.
+        stand_in: computes the attention of this call instead; see `StandIn`. Given to the model's call as a keyword.
         **kwargs: what else a model passes; refused where it would change the mathematics.
 
     Returns:
         ([B, N, H, D], None); where all heads are used, what the model's own function returns.
     """
-    router = getattr(module, "moh_router", None)
-    name = getattr(module, "moh_name", "")
-    observed = routing_trace is not None and routing_trace.wants_heads(name)
-    routes = router is not None and (routing_trace is None or routing_trace.routes(name))
-    if not routes and not observed:
+    router: Any = getattr(module, "moh_router", None)
+    if router is None and stand_in is None:
         dense_attention = dense_attention_of(module)
         kwargs = kwargs if is_causal is None else {**kwargs, "is_causal": is_causal}
         return dense_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if router_hidden_states is None:
-        raise MixheadError(f"{name}: the attention module's hidden states did not reach its router.")
-    if not UNSUPPORTED.isdisjoint(kwargs) and any(kwargs.get(argument) is not None for argument in UNSUPPORTED):
-        given = ", ".join(argument for argument in sorted(UNSUPPORTED) if kwargs.get(argument) is not None)
-        raise MixheadError(f"{name} was called with {given}, which mixture-of-head attention does not compute.")
-    one_token = query.shape[2] == 1 and attention_mask is None and not dropout
-    if one_token and routing_trace is None and head_attention_impl == "auto":
-        assert router is not None
+    if router_hidden_states is None or not UNSUPPORTED.isdisjoint(kwargs):
+        check_call(module, router_hidden_states, kwargs)
+        assert router_hidden_states is not None
+    plain = routing_trace is None and stand_in is None and head_attention_impl == "auto"
+    if plain and query.shape[2] == 1 and attention_mask is None and not dropout:
         skipped_HD: Any = module.moh_skipped
         out_B1HD = decode_token(router, skipped_HD, router_hidden_states, query, key, value, scaling)
         if out_B1HD is not None:
@@ -151,42 +166,49 @@ def moh_attention_forward(
     token_mask_BN = real_tokens_BN(attention_mask, query.shape[2], key.shape[2])
     if attention_mask is None and decoder_token_mask_BN is not None and getattr(module, "is_decoder", False):
         token_mask_BN = decoder_token_mask_BN[:, -query.shape[2] :]
-    if observed:
-        assert routing_trace is not None
-        dense_BNHD, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, 0.0, scaling, is_causal, **kwargs
+    if stand_in is not None:
+        return stand_in(
+            module, query, key, value, attention_mask, scaling, is_causal, router_hidden_states, token_mask_BN
         )
-        routing_trace.observe(name, router_hidden_states, query, dense_BNHD.transpose(1, 2), token_mask_BN)
-        return dense_BNHD, None
-    assert router is not None
     routing = router(router_hidden_states, query, token_mask_BN)
     if routing_trace is not None:
-        routing_trace.record(name, routing)
+        routing_trace.record(str(module.moh_name), routing)
     if dropout > 0.0:
-        # No sparse engine drops attention weights; the stock kernel does, on all heads.
         dense_BNHD, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
-        gated_BNHD = dense_BNHD * routing.gates_BNH.to(dense_BNHD.dtype).unsqueeze(-1)
-        return with_constants(torch.where(routing.selected_BNH.unsqueeze(-1), gated_BNHD, 0.0), routing, module), None
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = causal and query.shape[2] > 1 and attention_mask is None
+        return with_constants(times_gates(dense_BNHD, routing), routing, module), None
+    causal = is_causal_here(module, query, attention_mask, is_causal)
     if causal and key.shape[2] > query.shape[2]:
         # The first tokens of a static cache, whose other places are still empty.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    if routing_trace is not None:
-        routing_trace.look(name, query, key, routing, attention_mask, scaling, causal)
     out_BHND = head_attention(
-        query,
-        key,
-        value,
-        routing,
-        causal=causal,
-        scale=scaling,
-        attn_mask=attention_mask,
-        impl=head_attention_impl,
+        query, key, value, routing, causal=causal, scale=scaling, attn_mask=attention_mask, impl=head_attention_impl
     )
     return with_constants(out_BHND.transpose(1, 2), routing, module), None
+
+
+def check_call(module: nn.Module, hidden_BNC: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Raises where the router was not fed, or the module asks for what is not computed here."""
+    if hidden_BNC is None:
+        raise MixheadError(f"{module.moh_name}: the attention module's hidden states did not reach its router.")
+    given = ", ".join(argument for argument in sorted(UNSUPPORTED) if kwargs.get(argument) is not None)
+    if given:
+        raise MixheadError(
+            f"{module.moh_name} was called with {given}, which mixture-of-head attention does not compute."
+        )
+
+
+def is_causal_here(module: nn.Module, query: Tensor, attention_mask: Tensor | None, is_causal: bool | None) -> bool:
+    """Whether later keys are hidden without a mask that says so."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return bool(causal) and query.shape[2] > 1 and attention_mask is None
+
+
+def times_gates(dense_BNHD: Tensor, routing: Routing) -> Tensor:
+    """All heads with their gates: no sparse engine drops attention weights, so the stock kernel does, on all heads."""
+    gated_BNHD = dense_BNHD * routing.gates_BNH.to(dense_BNHD.dtype).unsqueeze(-1)
+    return torch.where(routing.selected_BNH.unsqueeze(-1), gated_BNHD, 0.0)
 
 
 def with_constants(gated_BNHD: Tensor, routing: Routing, module: nn.Module) -> Tensor:

@@ -22,7 +22,7 @@ from mixhead.models.hugging_face.attention import ATTENTION, ATTENTION_OF_EAGER
 from mixhead.models.hugging_face.balance import balance_term, carried
 from mixhead.models.hugging_face.configuration import moh_config_class, name_of, new_instance
 from mixhead.models.hugging_face.routers import attach_routers, initialise_routing
-from mixhead.models.hugging_face.trace import JoinedTrace, RoutingTrace
+from mixhead.models.hugging_face.trace import RoutingTrace
 
 
 class MoHModelMixin:
@@ -105,8 +105,10 @@ def forward_with_balance_loss(base_forward: Callable[..., Any]) -> Callable[...,
             passed = {} if routing_trace is None else {"routing_trace": routing_trace}
             return base_forward(self, *args, **passed, **kwargs)
         own = RoutingTrace()
-        trace = own if routing_trace is None else JoinedTrace(own, routing_trace)
-        outputs = base_forward(self, *args, routing_trace=trace, **kwargs)
+        outputs = base_forward(self, *args, routing_trace=own, **kwargs)
+        if routing_trace is not None:
+            for name, routing in own.layers:
+                routing_trace.record(name, routing)
         loss = getattr(outputs, "loss", None)
         if loss is not None:
             outputs.loss = loss + balance_term(self, own, kwargs).to(loss)
