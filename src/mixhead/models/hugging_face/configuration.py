@@ -8,12 +8,13 @@ without routing.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -58,17 +59,6 @@ class MoHConfigMixin:
 
     base_config_class: ClassVar[type[PreTrainedConfig]]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """The Auto classes know the models of every configuration that there is: a copied or unpickled one too."""
-        from mixhead.models.hugging_face.model import register_models  # brings all of transformers' modelling
-
-        register_models(cls)  # type: ignore[arg-type]
-        return super().__new__(cls)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickled as its state and what its class is made from, since the class has the name of another."""
-        return new_instance, (moh_config_class, self.base_config_class), self.__getstate__()
-
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Reads the form of the file, that of earlier files, and the one that `to_dict` gives."""
@@ -78,6 +68,7 @@ class MoHConfigMixin:
         # The model type stays, for models that run under the class of another: their weights have names by it.
         flat = {k: v for k, v in config_dict.items() if k not in FILE_FIELDS}
         check_description(flat.get("moh"))
+        registered(cls)
         return super().from_dict(flat, **kwargs)  # type: ignore[misc]
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
@@ -109,10 +100,33 @@ def check_description(moh: Any) -> None:
         )
 
 
+class MoHConfigType(type):
+    """The type of the classes below: pickled as what they are made from, since they have the names of others.
+
+    The class is, and not its instances, because torch.compile knows no other way to copy those than Python's.
+    """
+
+
 @functools.cache
 def moh_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The configuration class of models converted from `base`'s, under the name of `base`."""
-    return type(base.__name__, (MoHConfigMixin, base), {"base_config_class": base, **name_of(base)})
+    return MoHConfigType(base.__name__, (MoHConfigMixin, base), {"base_config_class": base, **name_of(base)})
+
+
+def registered_config_class(base: type[PreTrainedConfig]) -> Any:
+    """The same, known to the Auto classes with its models: what unpickling begins with."""
+    return registered(moh_config_class(base))  # type: ignore[arg-type]
+
+
+def registered(config_class: Any) -> Any:
+    """The class, once the Auto classes know its models."""
+    from mixhead.models.hugging_face.model import register_models  # brings all of transformers' modelling
+
+    register_models(config_class)
+    return config_class
+
+
+copyreg.pickle(MoHConfigType, lambda made: (registered_config_class, (made.base_config_class,)))  # type: ignore[attr-defined]
 
 
 def name_of(base: type) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class MoHModelMixin:
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         assert isinstance(self, PreTrainedModel)
+        register_models(type(self.config))  # type: ignore[arg-type]
         attach_routers(self)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
