@@ -87,7 +87,11 @@ test-triton: $(TRITON)/.complete  ## Check the Triton kernels, on the CPU in Tri
 # The kernels on an emulated processor, which says what they compute and not how fast.
 .PHONY: test-arm
 test-arm: $(STAMP)  ## Check the kernels for ARM, on an emulated processor
-	@scripts/test_arm.sh $(BIN)/python
+	@scripts/test_kernels.sh $(BIN)/python arm
+
+.PHONY: test-sanitize
+test-sanitize: $(STAMP)  ## Check the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@scripts/test_kernels.sh $(BIN)/python sanitize
 
 WHEEL := .venv-wheel
 WHEEL_ARCH ?= x86_64

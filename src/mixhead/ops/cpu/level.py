@@ -57,11 +57,16 @@ def check_level(wanted: str) -> None:
     every = [level for levels in LEVELS.values() for level in levels]
     if wanted not in every:
         raise MixheadError(f"MIXHEAD_CPU_LEVEL is {wanted!r}, not one of {', '.join(dict.fromkeys(every))}.")
-    runs = [level for level in LEVELS[kind_of_processor()] if processor_has(level)]
+    runs = levels_of_processor()
     if wanted not in runs:
         raise MixheadError(
             f"MIXHEAD_CPU_LEVEL is {wanted!r}, which this processor does not have. It runs {', '.join(runs)}."
         )
+
+
+def levels_of_processor() -> list[str]:
+    """All instruction sets of LEVELS that this processor runs, the best first."""
+    return [level for level in LEVELS[kind_of_processor()] if processor_has(level)]
 
 
 def kind_of_processor() -> str:

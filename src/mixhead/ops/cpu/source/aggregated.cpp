@@ -139,9 +139,9 @@ void run_forward(Call& call, const Tensor& out, const Tensor& stats) {
   const View<float> to = view<float>(out);
   clear_unselected(call, to);
   parallel_for(int64_t(call.blocks.size()), 1, [&](int64_t begin, int64_t end) {
-    Arena arena(kernel.bytes(false));
-    auto memory = kernel.memory(arena, false);
-    for (int64_t i = begin; i < end; ++i) kernel.forward(memory, call.blocks[i], to);
+    Workspace space([&](Arena& arena) { return kernel.memory(arena, false); });
+    kernel.clear(space.memory, false);
+    for (int64_t i = begin; i < end; ++i) kernel.forward(space.memory, call.blocks[i], to);
   });
 }
 
@@ -157,8 +157,9 @@ void run_backward(Call& call, const Tensor& grad, const Tensor& stats, const typ
   for (const BlockOfRows& block : call.blocks) ++first[block.bk + 1];
   for (int64_t bh = 0; bh < s.B * s.H; ++bh) first[bh + 1] += first[bh];
   parallel_for(s.B * s.H, 1, [&](int64_t begin, int64_t end) {
-    Arena arena(kernel.bytes(true));
-    auto memory = kernel.memory(arena, true);
+    Workspace space([&](Arena& arena) { return kernel.memory(arena, true); });
+    auto& memory = space.memory;
+    kernel.clear(memory, true);
     for (int64_t bh = begin; bh < end; ++bh) {
       kernel.clear_sums(memory);
       for (size_t i = first[bh]; i < first[bh + 1]; ++i) kernel.backward(memory, call.blocks[i], from, to);

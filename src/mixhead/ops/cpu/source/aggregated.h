@@ -142,20 +142,12 @@ class Aggregated {
 
   int64_t padded_keys() const { return round_up(s.T, kLanes); }
 
-  int64_t bytes(bool backward) const {
-    const int64_t keys = padded_keys(), L = s.places();
-    int64_t count = 6 * kRows * kDim + kRows * keys + 2 * L * kRows;
-    if (backward) count += 7 * kRows * kDim + 2 * kRows * keys + 3 * L * kRows + 2 * (s.N + 1 + s.T) * kDim + L * kDim;
-    return count * int64_t(sizeof(float)) + 64 * 32;
-  }
-
   Memory memory(Arena& arena, bool backward) const {
     const int64_t keys = padded_keys(), L = s.places();
     Memory m{};
     for (float** tile : {&m.unit, &m.scaled, &m.unitT, &m.scaledT, &m.outT, &m.out}) *tile = arena.take<float>(kRows * kDim);
     m.pooled = arena.take<float>(kRows * keys);
     for (float** tile : {&m.local, &m.dynamic}) *tile = arena.take<float>(kRows * L);
-    std::memset(m.outT, 0, kRows * kDim * sizeof(float));
     if (!backward) return m;
     for (float** tile : {&m.grad, &m.gated_grad, &m.gradT, &m.dsT, &m.ds, &m.duT, &m.du}) {
       *tile = arena.take<float>(kRows * kDim);
@@ -165,9 +157,15 @@ class Aggregated {
     for (float** sum : {&m.dk, &m.dv}) *sum = arena.take<float>((s.N + 1) * kDim);
     for (float** sum : {&m.d_pool_k, &m.d_pool_v}) *sum = arena.take<float>(s.T * kDim);
     m.d_tokens = arena.take<float>(L * kDim);
-    for (float* tile : {m.dsT, m.duT}) std::memset(tile, 0, kRows * kDim * sizeof(float));
-    std::memset(m.d_pooled, 0, kRows * keys * sizeof(float));
     return m;
+  }
+
+  // Zeros where products read lanes that no row fills.
+  void clear(Memory& m, bool backward) const {
+    std::memset(m.outT, 0, kRows * kDim * sizeof(float));
+    if (!backward) return;
+    for (float* tile : {m.dsT, m.duT}) std::memset(tile, 0, kRows * kDim * sizeof(float));
+    std::memset(m.d_pooled, 0, kRows * padded_keys() * sizeof(float));
   }
 
   // The rows of a block: positions, keys in sight, unit and scaled queries.

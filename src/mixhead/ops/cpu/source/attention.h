@@ -288,12 +288,6 @@ class Attention : public Problem<In> {
     }
   }
 
-  int64_t forward_bytes() const {
-    const int64_t dim = L::padded_dim(s.D), run = L::keys_in_run;
-    return 2 * (kRows + run) * dim * sizeof(Op) + kRows * dim * 8 + kRows * run * (4 + 4 + 4 + sizeof(Op)) + 4096;
-  }
-
-
   struct ForwardMemory {
     Op *rows, *qT, *keys, *values;
     float *scores, *outT;
@@ -473,11 +467,6 @@ class Attention : public Problem<In> {
     float *scores, *d_probs, *dqT, *dk, *dv;
     Bias bias;
   };
-
-  int64_t backward_bytes() const {
-    const int64_t dim = L::padded_dim(s.D), run = L::keys_in_run;
-    return (6 * kRows + 2 * run) * dim * sizeof(Op) + kRows * dim * 4 + kRows * run * (16 + 3 * sizeof(Op)) + 8192;
-  }
 
   BackwardMemory backward_memory(Arena& arena) const {
     const int64_t dim = L::padded_dim(s.D), run = L::keys_in_run;

@@ -43,8 +43,8 @@ void run_backward(Call<In, Op>& call, const Tensor& grad_, const Tensor& out, co
   share_work(lists * pieces, [&](std::atomic<int64_t>& next) {
     [[maybe_unused]] Units<Op> units;
     auto attention = call.attention;  // a copy: a thread that owns its heads packs one at a time
-    Arena arena(attention.backward_bytes());
-    auto memory = attention.backward_memory(arena);
+    Workspace space([&](Arena& arena) { return attention.backward_memory(arena); });
+    auto& memory = space.memory;
     std::unique_ptr<float[]> own(partial ? nullptr : new float[2 * size]);
     Packed<In, Op> packed(attention, partial ? 0 : 1);
     for (int64_t i; (i = next.fetch_add(1)) < lists * pieces;) {

@@ -46,7 +46,7 @@ struct Spare<In, float> {
   Arena arena;
   typename Attention<In, float>::ForwardMemory memory;
   explicit Spare(const Attention<In, float>& attention)
-      : arena(attention.forward_bytes()), memory(attention.forward_memory(arena)) {}
+      : arena(bytes_of([&](Arena& count) { attention.forward_memory(count); })), memory(attention.forward_memory(arena)) {}
 };
 
 template <class In, class Op>
@@ -55,12 +55,11 @@ void run_bf16_forward(Call<In, Op>& call, const View<In>& to) {
   const std::vector<Piece> pieces = cut_into_pieces<In>(call.blocks, int64_t(call.rows.start.size()) - 1);
   share_work(int64_t(pieces.size()), [&](std::atomic<int64_t>& next) {
     const MatrixUnits units;
-    Arena arena(forward.bytes());
-    auto memory = forward.memory(arena);
+    Workspace space([&](Arena& arena) { return forward.memory(arena); });
     [[maybe_unused]] Spare<In, Op> spare(call.attention);
     for (size_t i; (i = next.fetch_add(1)) < pieces.size();) {
       for (int64_t block = pieces[i].first; block < pieces[i].end; ++block) {
-        const bool done = pieces[i].in_bf16 && forward.forward(memory, call.blocks[block], to);
+        const bool done = pieces[i].in_bf16 && forward.forward(space.memory, call.blocks[block], to);
         if constexpr (std::is_same_v<Op, float>) {
           if (!done) call.attention.forward(spare.memory, call.blocks[block], to);
         }
@@ -75,9 +74,8 @@ void run_vector_forward(Call<In, Op>& call, const View<In>& to) {
   const int64_t count = int64_t(call.blocks.size());
   call.pack();
   share_work(count, [&](std::atomic<int64_t>& next) {
-    Arena arena(call.attention.forward_bytes());
-    auto memory = call.attention.forward_memory(arena);
-    for (int64_t i; (i = next.fetch_add(1)) < count;) call.attention.forward(memory, call.blocks[i], to);
+    Workspace space([&](Arena& arena) { return call.attention.forward_memory(arena); });
+    for (int64_t i; (i = next.fetch_add(1)) < count;) call.attention.forward(space.memory, call.blocks[i], to);
   });
 }
 

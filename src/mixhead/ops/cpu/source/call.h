@@ -71,9 +71,8 @@ template <class In>
 void run(Decode<In>& decode) {
   decode.reserve();
   share_work(decode.work(), [&](std::atomic<int64_t>& next) {
-    Arena arena(decode.bytes());
-    auto memory = decode.memory(arena);
-    for (int64_t i; (i = next.fetch_add(1)) < decode.work();) decode.run(memory, i);
+    Workspace space([&](Arena& arena) { return decode.memory(arena); });
+    for (int64_t i; (i = next.fetch_add(1)) < decode.work();) decode.run(space.memory, i);
   });
 }
 

@@ -28,9 +28,8 @@ struct Call {
   void run(Body body) const {
     const auto with = [&](const auto& kernel) {
       parallel_for(kernel.tasks(), 1, [&](int64_t begin, int64_t end) {
-        Arena arena(kernel.floats() * sizeof(float));
-        float* memory = arena.take<float>(kernel.floats());
-        for (int64_t task = begin; task < end; ++task) body(kernel, memory, task);
+        Workspace space([&](Arena& arena) { return kernel.memory(arena); });
+        for (int64_t task = begin; task < end; ++task) body(kernel, space.memory, task);
       });
     };
     hidden.scalar_type() == ScalarType::Float ? with(kernel<float>()) : with(kernel<BFloat>());

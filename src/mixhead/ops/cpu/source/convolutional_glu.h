@@ -52,7 +52,8 @@ class ConvolutionalGLU {
   const float *bias, *weight, *conv_bias;  // [2 M], [M][9], [M]
 
   int64_t tasks() const { return B * tasks_of_image(); }
-  int64_t floats() const { return 6 * line(); }  // of memory that a task works in
+  // What a task works in: three lines of the map for each of two rings.
+  float* memory(Arena& arena) const { return arena.take<float>(6 * line()); }
 
   void forward(float* memory, int64_t task, T* out) const {
     const Channels c = channels(task);

@@ -164,7 +164,6 @@ class Decode {
   struct Memory {
     float *q, *scores, *bias;
   };
-  int64_t bytes() const { return all_rows() * (dim() + 2 * kPiece) * int64_t(sizeof(float)) + 1024; }
   Memory memory(Arena& arena) const {
     const int64_t rows = all_rows();
     return {arena.take<float>(rows * dim()), arena.take<float>(rows * kPiece), arena.take<float>(rows * kPiece)};

@@ -37,11 +37,6 @@ class PackedForward : public Attention<In, BFloat> {
   int64_t padded_keys() const { return round_up(s.T, run); }
   int64_t keys_part() const { return padded_keys() * dim(); }
 
-  int64_t bytes() const {
-    const int64_t numbers = 2 * keys_part() + 2 * kRows * dim() + run * kRows;
-    return parts * numbers * sizeof(BFloat) + (dim() + run + 2 * L::keys_in_run) * kRows * sizeof(float) + 4096;
-  }
-
   Memory memory(Arena& arena) const {
     Memory m;
     m.keys = arena.take<BFloat>(parts * keys_part());

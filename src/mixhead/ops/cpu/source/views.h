@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <new>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -46,22 +47,43 @@ inline float bias_of(float x) { return x == -kInfinity ? x : std::max(x * kLog2e
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Memory of one thread, aligned and given out piece by piece.
+// Memory of one thread, aligned and given out piece by piece. Without memory it only counts what is taken.
 class Arena {
  public:
-  explicit Arena(int64_t bytes) : memory_(new (std::align_val_t(64)) char[bytes]) {}
+  Arena() = default;
+  explicit Arena(int64_t bytes) : memory_(new (std::align_val_t(64)) char[bytes]), size_(bytes) {}
   ~Arena() { ::operator delete[](memory_, std::align_val_t(64)); }
   Arena(const Arena&) = delete;
+  int64_t used() const { return used_; }
   template <class T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(memory_ + used_);
+    const int64_t begin = used_;
     used_ += round_up(count * int64_t(sizeof(T)), 64);
-    return piece;
+    if (memory_ == nullptr) return nullptr;
+    if (used_ > size_) throw std::length_error("an arena was asked for more than it has");
+    return reinterpret_cast<T*>(memory_ + begin);
   }
 
  private:
-  char* memory_;
-  int64_t used_ = 0;
+  char* memory_ = nullptr;
+  int64_t size_ = 0, used_ = 0;
+};
+
+// The bytes that `describe(arena)` takes.
+template <class Describe>
+int64_t bytes_of(const Describe& describe) {
+  Arena count;
+  describe(count);
+  return std::max<int64_t>(count.used(), 64);
+}
+
+// What a piece of work computes in. `describe(arena)` takes all of it, and is the only description: run once to count the
+// bytes, and once to hand them out.
+template <class Describe>
+struct Workspace {
+  Arena arena;
+  std::invoke_result_t<const Describe&, Arena&> memory;
+  explicit Workspace(const Describe& describe) : arena(bytes_of(describe)), memory(describe(arena)) {}
 };
 
 // The rows of every key-value head: for (b, k), codes n * G + g of its selected queries in the order of n.

@@ -1,4 +1,4 @@
-// Runs the operators on the cases of a file, which tests/ops/arm/cases.py wrote, and compares with what stands there.
+// Runs the operators on the cases of a file, which cases.py beside this file wrote, and compares with what stands there.
 #include <torch/csrc/stable/c/shim.h>
 
 #include <cmath>

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixhead.ops import RelativeBias, reference
+from mixhead.ops import RelativeBias
 from mixhead.ops.aggregated import reference as aggregated_reference
 from mixhead.ops.aggregated.arguments import AggregatedArguments
+from mixhead.ops.attention import reference
 from mixhead.ops.convolutional_glu import reference as glu_reference
 from mixhead.ops.projections import reference_from_heads, reference_to_heads
+from mixhead.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.bool, torch.int64)  # by number, as in pytorch.h
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-2}
@@ -69,11 +71,11 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().as_subclass(Tensor).double().requires_grad_() for t in tensors]
 
 
-def attention(queries, keys, heads=4, kv_heads=4, dim=64, causal=False, mask=None, dtype=torch.float32):
-    title = f"{queries} x {keys}, {heads} of {kv_heads} heads, {dim} wide, causal {causal}, mask {mask}, {dtype}"
+def attention(queries, keys, heads=4, kv_heads=4, dim=64, causal=False, mask=None, share=0.6, dtype=torch.float32):
+    title = f"{queries} x {keys}, {heads} of {kv_heads} heads, {dim} wide, causal {causal}, mask {mask}, share {share}, {dtype}"
     q = torch.randn(2, heads, queries, dim).to(dtype)
     k, v = (torch.randn(2, kv_heads, keys, dim).to(dtype) for _ in range(2))
-    selected = torch.rand(2, queries, heads) < 0.6
+    selected = torch.rand(2, queries, heads) < share
     gates = torch.rand(2, queries, heads).add(0.5).to(dtype) * selected
     bias = {
         None: None,
@@ -84,7 +86,8 @@ def attention(queries, keys, heads=4, kv_heads=4, dim=64, causal=False, mask=Non
     grad = torch.randn_like(q)
     inputs = leaves(q, k, v, gates)
     wide = bias.double() if bias is not None and bias.is_floating_point() else bias
-    out = reference.attend(*inputs[:4], selected, causal=causal, scale=scale, attn_mask=wide)
+    routing = Routing(inputs[3], selected)
+    out = reference.attend(*inputs[:3], routing, causal=causal, scale=scale, attn_mask=wide)
     dq, dk, dv, dgates = torch.autograd.grad(out, inputs, grad.double())
     options = (given(bias), causal, scale)
     yield case("attend_cpu_inference", title, (q, k, v, gates, selected, *options), [out], dtype)
@@ -172,6 +175,12 @@ def cases():
         yield from attention(3, 45, kv_heads=1, dim=80, mask="boolean", dtype=dtype)
         yield from attention(65, 65, kv_heads=2, dim=63, mask="boolean", dtype=dtype)
         yield from attention(33, 90, dim=12, causal=True, mask="float", dtype=dtype)
+        for dim in (8, 16, 24, 32, 48, 72, 100, 128, 200, 256):
+            yield from attention(67, 131, dim=dim, kv_heads=2, causal=True, dtype=dtype)
+            yield from attention(2, 131, dim=dim, kv_heads=2, causal=True, dtype=dtype)
+        yield from attention(70, 70, share=0.0, dtype=dtype)  # nobody selects anything
+        yield from attention(1, 70, share=0.0, dtype=dtype)
+        yield from attention(70, 70, share=1.0, causal=True, dtype=dtype)
         yield from glu((5, 7), 19, dtype)
         yield from glu((1, 1), 4, dtype)
     yield from projections()
