@@ -11,13 +11,20 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # are about measuring.
 os.environ["MIXHEAD_CROSSOVER"] = __file__.replace("conftest.py", "crossover.json")
 
+import importlib.metadata
 import json
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# What torch.compile made for another version of PyTorch, or for other instructions, must not be found: some of it is
+# loaded all the same, and spoils the memory of the process.
+_MADE_FOR = f"{importlib.metadata.version('torch')}-{os.environ.get('ATEN_CPU_CAPABILITY', 'all')}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"mixhead-inductor-{_MADE_FOR}"))
 
 import hypothesis
 import numpy

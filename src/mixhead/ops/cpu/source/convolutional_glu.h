@@ -141,7 +141,7 @@ class ConvolutionalGLU {
   // A row of the biased gates; zeros below the map.
   void fill(const Channels& c, const Ring& gates, int64_t y) const {
     float* to = gates.row(y) + kChannels;
-    if (y == Y) {
+    if (y >= Y) {
       std::memset(to, 0, X * kChannels * sizeof(float));
       return;
     }
