@@ -11,7 +11,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # are about measuring.
 os.environ["MIXHEAD_CROSSOVER"] = __file__.replace("conftest.py", "crossover.json")
 
-import importlib.metadata
 import json
 import random
 import shutil
@@ -21,11 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# What torch.compile made for another version of PyTorch, or for other instructions, must not be found: some of it is
-# loaded all the same, and spoils the memory of the process.
-_MADE_FOR = f"{importlib.metadata.version('torch')}-{os.environ.get('ATEN_CPU_CAPABILITY', 'all')}"
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"mixhead-inductor-{_MADE_FOR}"))
-
 import hypothesis
 import numpy
 import pytest
@@ -33,6 +27,11 @@ import torch
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# What torch.compile made for another version of PyTorch, or for other instructions, must not be found: some of it is
+# loaded all the same, and spoils the memory of the process.
+MADE_FOR = f"{torch.__version__}-{os.environ.get('ATEN_CPU_CAPABILITY', 'all')}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"mixhead-inductor-{MADE_FOR}"))
 
 # One thread everywhere, so that sums are made in the same order on a laptop and on a large server, and since
 # `make test` runs two files at a time: threads of two OpenMP teams on one core wait for each other.
