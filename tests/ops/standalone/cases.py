@@ -72,9 +72,7 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 
 
 def attention(queries, keys, heads=4, kv_heads=4, dim=64, causal=False, mask=None, share=0.6, dtype=torch.float32):
-    title = (
-        f"{queries} x {keys}, {heads} of {kv_heads} heads, {dim} wide, causal {causal}, {mask} mask, {share}, {dtype}"
-    )
+    title = f"{queries} x {keys}, {heads} of {kv_heads} heads, {dim} wide, causal {causal}, {mask}, {share}, {dtype}"
     q = torch.randn(2, heads, queries, dim).to(dtype)
     k, v = (torch.randn(2, kv_heads, keys, dim).to(dtype) for _ in range(2))
     selected = torch.rand(2, queries, heads) < share
