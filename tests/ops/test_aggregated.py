@@ -9,6 +9,7 @@ from mixhead import Routing
 from mixhead.errors import MixheadError
 from mixhead.ops import AGGREGATED_IMPLEMENTATIONS, RelativeBias, cpu, explain_aggregated
 from mixhead.ops import aggregated_attention as operator
+from mixhead.ops.aggregated.cpu import MAX_HEAD_DIM
 
 FAST = [name for name in AGGREGATED_IMPLEMENTATIONS if name != "reference"]
 
@@ -99,6 +100,10 @@ def test_other_widths(impl, heads, dim):
     arguments = inputs((5, 6), heads=heads, dim=dim, requires_grad=True)
     routing = routing_of("random", 2, 30, heads)
     grad = torch.randn(2, heads, 30, dim)
+    if impl == "cpu" and dim > MAX_HEAD_DIM[cpu.best_level()]:
+        with pytest.raises(MixheadError, match="wider than the kernel takes"):
+            results(arguments, routing, (5, 6), impl, grad)
+        return
     out, gradients = results(arguments, routing, (5, 6), impl, grad)
     expected_out, expected = results(arguments, routing, (5, 6), "reference", grad)
     torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=2e-5)

@@ -87,8 +87,8 @@ def make_case(queries, keys=None, *, batch=2, heads=4, kv_heads=4, head_dim=8, s
 def refuses(case, impl, attn_mask=None, **kwargs):
     """Whether an engine refuses a case, which it then does with a sentence. What all engines take is not asked here."""
     learned = attn_mask is not None and attn_mask.requires_grad
-    narrow = impl == "triton" and case.q_BHND.dtype == torch.float64
-    if not (narrow or (learned and impl in ("triton", "flex"))):
+    narrow = impl in ("triton", "cpu") and case.q_BHND.dtype == torch.float64
+    if not (narrow or (learned and impl in ("triton", "flex", "cpu"))):
         return False
     with pytest.raises(MixheadError, match=r"cannot take these arguments: .*\."):
         case.outcome(impl, attn_mask=attn_mask, **kwargs)
@@ -232,7 +232,7 @@ def test_the_last_query_sees_the_last_key(impl):
 )
 def test_sizes_of_zero(impl, sizes):
     for causal in (False, True):
-        outcome = make_case(**sizes).outcome(impl, causal=causal)
+        outcome = make_case(**sizes).fitted(impl).outcome(impl, causal=causal)
         assert all((t == 0).all() for t in outcome.values()), "attention to nothing is 0, and so is every gradient"
 
 
@@ -275,6 +275,10 @@ def test_rounding_errors_are_those_of_the_stock_kernel(impl, dtype, causal, quer
     def attend(impl, *qkv, gates):
         return head_attention(*qkv, Routing(gates, case.selected_BNH), causal=causal, impl=impl).double()
 
+    if impl == "cpu" and dtype == torch.float16:
+        with pytest.raises(MixheadError, match=r"computes in float32 and bfloat16, not in torch\.float16"):
+            attend(impl, q, k, v, gates=gates_BNH)
+        return
     exact = attend("reference", q.double(), k.double(), v.double(), gates=gates_BNH.double())
     stock = F.scaled_dot_product_attention(q, k, v, is_causal=causal) * gates_BNH.mT.unsqueeze(-1)
     stock_error = (stock.double() - exact).norm()
@@ -320,7 +324,7 @@ def test_whatever_the_arguments(impl, data):
     assert_agrees(case, impl, attn_mask=mask, causal=causal, scale=scale)
 
 
-@pytest.mark.parametrize("impl", engines("triton", "flex"))  # one has no float64, the other no gradient on the CPU
+@pytest.mark.parametrize("impl", engines("triton", "cpu", "flex"))  # no float64, or no gradient on the CPU
 @pytest.mark.parametrize(
     "kwargs", [{}, {"causal": True}, {"attn_mask": torch.rand(3, 4) < 0.7}], ids=["", "causal", "mask"]
 )
