@@ -237,7 +237,9 @@ def test_outputs_are_no_less_exact_than_those_of_the_stock_kernel(queries, keys,
     routing = Routing.from_gates(torch.ones(4, queries, 64, dtype=dtype))
     right = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     ours, stock = (head_attention(q, k, v, routing, impl=impl) for impl in ("cpu", "dense"))
-    assert (ours - right).norm() <= 1.01 * (stock - right).norm()
+    # Without fused multiply-adds each product is rounded before it is added; the stock kernel fuses.
+    slack = 1.05 if cpu.best_level() == "plain" else 1.01
+    assert (ours - right).norm() <= slack * (stock - right).norm()
 
 
 @needs_kernel
