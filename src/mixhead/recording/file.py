@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mixhead.errors import MixheadError
+from mixhead.files import partial_of, scratch_folder, sweep
 from mixhead.routing.value import Routing
 
 FORMAT = "mixhead routing 1"
@@ -71,7 +72,13 @@ class RecordingWriter:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self._folder = Path(tempfile.mkdtemp(dir=folder, prefix=".routing-", suffix=".partial"))
+        place = Path(tempfile.gettempdir() if folder is None else folder) / "routing"
+        sweep(place)
+        self._folder = partial_of(place)
+        try:
+            self._folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise MixheadError(f"Nothing can be recorded in {place.parent}: {error.strerror or error}.") from error
         self._spools: dict[str, _Spool] = {}
         self._chunks: dict[bytes, int] = {}  # of the present call
         self._call, self._num_chunks, self._num_tokens = -1, 0, 0
@@ -137,7 +144,6 @@ class RecordingWriter:
         for name, spool in self._spools.items():
             if name.startswith("label/"):
                 spool.fill(self._num_tokens)
-            spool.file.flush()
         description = {
             "format": FORMAT,
             "layers": [name.removeprefix("gates/") for name in self._spools if name.startswith("gates/")],
@@ -147,12 +153,17 @@ class RecordingWriter:
         }
         # In ASCII: a token's name may be a byte that is no character, which UTF-8 cannot hold.
         text = json.dumps(description, indent=1) + "\n"
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-", suffix=".partial") as folder:
-            tensors, names = Path(folder) / "tensors", Path(folder) / "names"
-            _join(self._spools, tensors)
-            names.write_text(text, encoding="ascii")
-            tensors.replace(_with_suffix(path, ".safetensors"))
-            names.replace(_with_suffix(path, ".json"))
+        try:
+            with scratch_folder(path) as folder:
+                for spool in self._spools.values():
+                    spool.file.flush()
+                tensors, names = folder / "tensors", folder / "names"
+                _join(self._spools, tensors)
+                names.write_text(text, encoding="ascii")
+                tensors.replace(_with_suffix(path, ".safetensors"))
+                names.replace(_with_suffix(path, ".json"))
+        except OSError as error:
+            raise MixheadError(f"The recording {path} cannot be written: {error.strerror or error}.") from error
 
 
 def recording_name(path: str | Path) -> Path:
@@ -169,11 +180,13 @@ def checked_path(path: str | Path) -> Path:
     """NAME of a recording that can be written, see `recording_name`.
 
     Raises:
-        MixheadError: where its folder does not exist.
+        MixheadError: where its folder does not exist, or is read-only.
     """
     path = recording_name(path)
     if not path.parent.is_dir():
         raise MixheadError(f"The folder {path.parent} of the recording does not exist: make it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise MixheadError(f"The folder {path.parent} of the recording cannot be written to: give another one.")
     return path
 
 
@@ -191,7 +204,10 @@ class _Spool:
         self.file = file.open("wb")
 
     def append(self, values: NDArray[Any]) -> None:
-        self.file.write(np.ascontiguousarray(values, self.dtype).tobytes())
+        try:
+            self.file.write(np.ascontiguousarray(values, self.dtype).tobytes())
+        except OSError as error:
+            raise MixheadError(f"What is recorded cannot be written to {self.file.name}: {error.strerror}.") from error
         self.rows += len(values)
 
     def fill(self, rows: int) -> None:
@@ -328,13 +344,15 @@ class Recording:
             self.about: dict[str, Any] = dict(description["about"])
             self._file = safe_open(file, framework="np")
             self._keys = {*self._file.keys()}
-            missing = [key for layer in self.layers for key in (f"gates/{layer}",) if key not in self._keys]
-            if missing:
-                raise ValueError(f"{missing[0]} is missing")
             self._starts: NDArray[np.int64] = self._file.get_tensor("starts")
+            for layer in self.layers:
+                if int(self._sizes_K(layer).sum()) != self.num_tokens(layer):
+                    raise ValueError(f"the parts of {layer} do not fit together")
         except FileNotFoundError:
             raise MixheadError(f"There is no recording {self.path} (.safetensors and .json).") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (
+            OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError,
+        ) as error:  # fmt: skip
             raise MixheadError(f"The recording {self.path} is damaged or none of mixhead's ({error}).") from error
 
     def num_heads(self, layer: str) -> int:
@@ -356,8 +374,13 @@ class Recording:
 
     def gates(self, layer: str) -> NDArray[np.float32]:
         """float32 [T, H], exact to half of 1/254 of the range of gates in each call."""
-        sizes_K = np.diff(self._starts)[self._file.get_tensor(f"chunks/{layer}")]
-        return decode(self.codes(layer), np.repeat(self._file.get_tensor(f"range/{layer}"), sizes_K, axis=0))
+        limits_K2 = self._file.get_tensor(f"range/{layer}")
+        return decode(self.codes(layer), np.repeat(limits_K2, self._sizes_K(layer), axis=0))
+
+    def _sizes_K(self, layer: str) -> NDArray[np.int64]:
+        """Tokens of each call of the layer."""
+        sizes_K: NDArray[np.int64] = np.diff(self._starts)[self._file.get_tensor(f"chunks/{layer}")]
+        return sizes_K
 
     def tokens(self, layer: str) -> Tokens:
         """The tokens that the layer routed."""

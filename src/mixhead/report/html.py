@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixhead.files import writing
 from mixhead.recording.names import short_names
 from mixhead.report.contents import Axis, Contents, Group
 from mixhead.report.statistics import (
@@ -47,12 +48,8 @@ def write_html(
         pictures: for models of images: PNG or JPEG files, in the order in which the model saw them.
     """
     file = Path(file)
-    partial = file.with_name(f".{file.name}.partial")
-    try:
+    with writing(file) as partial:
         partial.write_text(page(contents, title, pictures), encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
     return file
 
 

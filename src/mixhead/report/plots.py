@@ -10,6 +10,7 @@ import numpy as np
 from accelerate import PartialState
 
 from mixhead.errors import MixheadError
+from mixhead.files import writing
 from mixhead.recording.names import short_name, short_names
 from mixhead.report.comparison import pyplot
 from mixhead.report.contents import Contents
@@ -194,10 +195,8 @@ def check_picture(file: Path) -> None:
 def save(figure: Any, file: Path) -> None:
     """Writes a figure whole or not at all."""
     check_picture(file)
-    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
     try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(file)
+        with writing(file) as partial:
+            figure.savefig(partial, dpi=150, format=file.suffix.lower().removeprefix("."))
     finally:
-        partial.unlink(missing_ok=True)
         pyplot().close(figure)

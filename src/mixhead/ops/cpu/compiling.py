@@ -15,13 +15,14 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from mixhead.files import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +107,12 @@ def compile_command(level: str) -> list[str]:
 def compile_into(path: Path, command: list[str], sources: tuple[str, ...]) -> None:
     """Compiles beside `path`, all sources at once, and moves the result there in one step, its checksum first."""
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder, ThreadPoolExecutor() as pool:
-        objects = {SOURCES / name: Path(folder) / f"{Path(name).stem}.o" for name in sources}
+    with scratch_folder(path) as folder, ThreadPoolExecutor() as pool:
+        objects = {SOURCES / name: folder / f"{Path(name).stem}.o" for name in sources}
         list(pool.map(lambda source: compile_file([*command, "-c", str(source)], objects[source]), objects))
-        made = Path(folder) / "kernel.so"
+        made = folder / "kernel.so"
         compile_file([*command, "-shared", *map(str, objects.values()), *libraries], made)
-        checksum = Path(folder) / "checksum"
+        checksum = folder / "checksum"
         checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         checksum.replace(path.with_suffix(".sha256"))
         made.replace(path)

@@ -15,7 +15,6 @@ import logging
 import os
 import platform
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 from mixhead.errors import MixheadError
+from mixhead.files import writing
 from mixhead.ops.cpu import compiling
 from mixhead.ops.cpu.level import best_level
 from mixhead.ops.cpu.loading import available
@@ -74,7 +74,7 @@ def named() -> Table | None:
         return None
     try:
         return Table.from_json(Path(file).read_text(encoding="utf-8"), f"measured ({VARIABLE})")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise MixheadError(
             f"{VARIABLE} names {file}, which cannot be read as measured cross-overs ({error}): `mixhead doctor --tune` "
             "writes such a file, and without the variable this processor is measured."
@@ -187,17 +187,15 @@ def read(file: Path, origin: str) -> Table | None:
         return Table.from_json(file.read_text(encoding="utf-8"), origin)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         logger.warning("%s cannot be read (%s), so it is measured anew.", file, error)
         return None
 
 
 def write(found: Table, file: Path) -> None:
     """Writes the table whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix="crossover-") as folder:
-        partial = Path(folder) / "table.json"
+    with writing(file) as partial:
         partial.write_text(found.to_json(), encoding="utf-8")
-        partial.replace(file)
 
 
 def file_of(name: str, threads: int) -> Path:
