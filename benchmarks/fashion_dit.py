@@ -24,14 +24,14 @@ import json
 import statistics as stats
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mixhead.data.noised_images import generation_images, pixel_inputs
+from mixhead.data.labelled_images import open_images
+from mixhead.data.noised_images import pixel_inputs
 from mixhead.ops.crossover import cpu_model
 from mixhead.tasks.image_generation.drawing import write_png
 from mixhead.tasks.image_generation.features import ClassifierFeatures
@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def real_images() -> Iterator[Tensor]:
-    kept = pixel_inputs(generation_images("fashion-mnist", "test"), size=28, channels=1).kept_MCYX
+    kept = pixel_inputs(open_images("fashion-mnist", "test"), size=28, channels=1).kept_MCYX
     assert kept is not None
     yield from kept.split(500)
 
@@ -119,13 +119,13 @@ def measure(
     result = {
         "arm": arm,
         "seed": seed,
-        "quality": asdict(quality),
+        "quality": quality,
         "losses": dict(trained.metrics),
         "minutes": minutes,
         "recipe": recipe.values,
     }
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(arm, seed, f"FID {quality.fid:.3f}", flush=True)
+    print(arm, seed, f"FID {quality['fid']:.3f}", flush=True)
 
 
 def write_results(arguments: argparse.Namespace) -> None:

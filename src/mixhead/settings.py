@@ -6,7 +6,7 @@ Nothing here loads PyTorch, or pydantic before a value is checked: the command l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,7 @@ REASONS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """Marks a setting that names data or a model: a path becomes absolute, so that it means the same from everywhere.
 
@@ -48,7 +48,7 @@ class Source:
         names: what is known by name and is therefore no path.
     """
 
-    names: tuple[str, ...] = ()
+    names: Container[str] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Settings:
             object.__setattr__(self, name, absolute(getattr(self, name), source.names))
 
 
-def absolute(value: Any, names: tuple[str, ...] = ()) -> Any:
+def absolute(value: Any, names: Container[str] = ()) -> Any:
     """A setting with its paths made absolute: PATH, PATH:part, PATH,PATH, values of a mapping; the rest as it is."""
     if isinstance(value, Mapping):
         return {key: absolute(entry, names) for key, entry in value.items()}
@@ -82,7 +82,7 @@ def absolute(value: Any, names: tuple[str, ...] = ()) -> Any:
     return ",".join(_absolute_path(piece, names) for piece in value.split(","))
 
 
-def _absolute_path(text: str, names: tuple[str, ...]) -> str:
+def _absolute_path(text: str, names: Container[str]) -> str:
     name, colon, part = text.rpartition(":")
     for path, rest in ((text, ""), (name, colon + part)):
         if path in names:

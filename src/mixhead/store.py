@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from mixhead.errors import MixheadError, first_line, listed
 from mixhead.files import restore, write_folder
 from mixhead.interop.safe_load import read_start
+from mixhead.models.auto import LoadsItsModels
 from mixhead.models.hugging_face import MoHModelMixin, moh_model_class
-from mixhead.models.moh_vit import MoHTransNeXtForImageClassification, MoHTransNeXtModel
 
 PathLike = str | os.PathLike[str]
 
@@ -32,10 +33,6 @@ CONFIG = "config.json"
 PIPELINE = "model_index.json"  # of diffusers
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# Models of this library; all others are classes of transformers or made from one.
-OWN_MODELS: dict[str, type[PreTrainedModel]] = {
-    model.__name__: model for model in (MoHTransNeXtForImageClassification, MoHTransNeXtModel)
-}
 # What the writers raise when a disk is full or a folder read-only: the operating system and safetensors.
 WRITE_ERRORS = (OSError, SafetensorError)
 
@@ -177,12 +174,11 @@ def load_config(folder: Path) -> PreTrainedConfig:
 def model_class_of(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that the configuration names as its own."""
     name = (config.architectures or ["nothing"])[0]
-    if name in OWN_MODELS:
-        return OWN_MODELS[name]
     nested = hasattr(config, "base_config_class")  # a converted model, saved by an earlier version of this library
-    base = getattr(transformers, name.removeprefix("MoH") if nested else name, None)
+    home = importlib.import_module(config.modeling) if isinstance(config, LoadsItsModels) else transformers
+    base = getattr(home, name.removeprefix("MoH") if nested else name, None)
     if not isinstance(base, type) or not issubclass(base, PreTrainedModel):
-        raise MixheadError(f"{folder / CONFIG} names {name} as its architecture, which transformers does not have.")
+        raise MixheadError(f"{folder / CONFIG} names {name} as its architecture, which {home.__name__} does not have.")
     return moh_model_class(base) if nested else base
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import mixhead
-from mixhead.nn.moh import ROUTERS
+from mixhead.routing import ROUTERS
 
 ROOT = Path(__file__).parents[2]
 

@@ -90,7 +90,7 @@ def test_a_model_with_one_head():
         ({"active_heads": 2.5}, "active_heads=2.5 must be a whole number"),
         ({"active_heads": 0}, "active_heads=0 must be a whole number of at least 1"),
         ({"router": "oracle"}, "router='oracle' is unknown: choose one of two_stage, query_norm, linear"),
-        ({"router": "two_stage", "group_balanced": True}, "two-stage router cannot be group-balanced"),
+        ({"router": "two_stage", "group_balanced": True}, "router='two_stage' cannot be group-balanced"),
         ({"balance_coefficient": -1.0}, "balance_coefficient=-1.0 must be 0 or a positive number"),
         ({"balance_coefficient": float("nan")}, "balance_coefficient=nan must be 0 or a positive number"),
     ],

@@ -1,13 +1,14 @@
 """Labelled images from folders, Hugging Face datasets and IDX files; what does not fit together is refused at once."""
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mixhead.data.labelled_images import fashion_mnist, open_both, open_images, read_idx, renumbered
+from mixhead.data.labelled_images import emoji, fashion_mnist, open_both, open_images, read_idx, renumbered
 from mixhead.errors import MixheadError
 
 
@@ -123,3 +124,25 @@ def test_idx_files(tmp_path: Path):
     (tmp_path / "plain.gz").write_bytes(b"not zipped")
     with pytest.raises(MixheadError, match="damaged"):
         read_idx(tmp_path / "plain.gz", dimensions=3)
+
+
+def test_emoji_are_read_by_category(tmp_path):
+    (tmp_path / "img/google/64").mkdir(parents=True)
+    entries = [
+        {"category": "Smileys & Emotion", "image": "a.png", "has_img_google": True},
+        {"category": "Flags", "image": "b.png", "has_img_google": False},
+        {"category": "Component", "image": "c.png", "has_img_google": True},
+        {
+            "category": "Animals & Nature",
+            "image": "d.png",
+            "has_img_google": True,
+            "skin_variations": {"1F3FB": {"image": "e.png", "has_img_google": True}},
+        },
+    ]
+    (tmp_path / "emoji.json").write_text(json.dumps(entries))
+    found = emoji(tmp_path, "train")
+    assert found.classes == ("Animals & Nature", "Smileys & Emotion")
+    assert [path.name for path in found.files] == ["a.png", "d.png", "e.png"]
+    assert found.labels.tolist() == [1, 0, 0]
+    with pytest.raises(MixheadError, match="no package of emoji"):
+        emoji(tmp_path / "img", "train")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from mixhead.errors import MixheadError
-from mixhead.nn import MixtureOfHeadAttention, make_router
+from mixhead.nn import MixtureOfHeadAttention
 from mixhead.ops import IMPLEMENTATIONS
 
 C = 32
@@ -256,7 +256,10 @@ def test_shared_heads_of_grouped_attention_spread_over_the_groups_when_balanced(
         ({"shared_heads": 7}, "shared_heads=7 and top_k=2 do not fit into num_heads=8"),
         ({"top_k": 0}, "top_k=0 leaves 6 of 8 heads unused"),
         ({"top_k": 7, "router": "linear"}, "active_heads=9 and num_heads=8 do not fit"),
-        ({"num_key_value_heads": 2, "group_balanced": True}, "two-stage router cannot be group-balanced"),
+        (
+            {"num_key_value_heads": 2, "group_balanced": True},
+            "cannot be group-balanced: choose 'query_norm' or 'linear'",
+        ),
         ({"num_key_value_heads": 4, "group_balanced": True, "router": "linear"}, "each of the 4 key-value groups"),
     ],
     ids=str,
@@ -280,8 +283,3 @@ def test_wrong_calls_are_refused():
         make()(torch.randn(2, 5, C), impl="fast")
     with pytest.raises(MixheadError, match=r"attn_mask must broadcast to \[2, 8, 5, 5\], got \[2, 5\]"):
         make()(torch.randn(2, 5, C), attn_mask=torch.ones(2, 5, dtype=torch.bool))
-
-
-def test_make_router_makes_each_kind():
-    for kind in ("two_stage", "query_norm", "linear"):
-        assert make_router(kind, C, 8, 2, 3).active_heads == 5

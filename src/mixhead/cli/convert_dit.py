@@ -54,11 +54,11 @@ def convert_calibrated(dit: MoHDiT, config: MoHConfig, images: CalibrationImages
     """A dense DiT becomes mixture-of-head and, with the linear router, is calibrated on noised images."""
     from mixhead.convert import CalibrationConfig, calibrate, noised_batches
     from mixhead.convert import convert as convert_model
-    from mixhead.data.noised_images import generation_images
+    from mixhead.data.labelled_images import open_images
     from mixhead.tasks.image_generation.calibration_images import calibration_samples
 
     assert images.where is not None
-    samples, classes = calibration_samples(generation_images(images.where), dit.config, vae, images.count)
+    samples, classes = calibration_samples(open_images(images.where), dit.config, vae, images.count)
     convert_model(dit, config)
     if config.router != "linear":
         return

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -15,8 +14,6 @@ from mixhead.cli.common import console, progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mixhead.tasks.image_generation.metrics import Quality
 
 
 def evaluate_samples(
@@ -37,20 +34,21 @@ def evaluate_samples(
 
     Figures by different features, or from different numbers of images, cannot be compared with each other.
     """
-    from mixhead.data.noised_images import generation_images, image_tensors
+    from mixhead.data.labelled_images import open_images
+    from mixhead.data.noised_images import image_tensors
     from mixhead.tasks.image_generation.drawing import image_batches
     from mixhead.tasks.image_generation.metrics import compare, feature_extractor, statistics
 
     extractor = feature_extractor(features)
     drawn = statistics(extractor, image_batches(samples))
     size = next(image_batches(samples, batch=1)).shape[-1]
-    images = generation_images(reference)
+    images = open_images(reference)
     with progress_bar("Real images") as on_progress:
         real = statistics(extractor, counted(image_tensors(images, size, channels=3), len(images.labels), on_progress))
     quality = compare(extractor.name, drawn, real)
     console.print(table_of(quality))
     if json_file is not None:
-        json_file.write_text(json.dumps(asdict(quality), indent=2) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
 
 
 def counted(batches: Iterator[Tensor], total: int, on_progress: Callable[[int, int], None]) -> Iterator[Tensor]:
@@ -62,18 +60,13 @@ def counted(batches: Iterator[Tensor], total: int, on_progress: Callable[[int, i
         on_progress(done, total)
 
 
-def table_of(quality: Quality) -> Table:
+def table_of(quality: Mapping[str, Any]) -> Table:
     """What was measured, for the terminal."""
-    table = Table("measure", "value", title=f"Features: {quality.extractor}", box=None)
-    rows = {
-        "FID": quality.fid,
-        "sFID": quality.sfid,
-        "Inception Score" if "Inception" in quality.extractor else "score of the classes": quality.inception_score,
-        "precision": quality.precision,
-        "recall": quality.recall,
-    }
-    for name, value in rows.items():
-        table.add_row(name, "-" if value is None else f"{value:.4f}")
-    table.add_row("drawn images", f"{quality.generated:,}")
-    table.add_row("real images", f"{quality.real:,}")
+    from mixhead.tasks.image_generation.metrics import METRICS
+
+    table = Table("measure", "value", title=f"Features: {quality['extractor']}", box=None)
+    for name, metric in METRICS.items():
+        table.add_row(metric.title, "-" if quality[name] is None else f"{quality[name]:.4f}")
+    table.add_row("drawn images", f"{quality['generated']:,}")
+    table.add_row("real images", f"{quality['real']:,}")
     return table

@@ -44,6 +44,9 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(help="A figure to write (.png, .svg, .pdf): the map of loads, or loads --by.")
     ] = None,
+    figure: Annotated[
+        str | None, typer.Option(help="Which figure: loads, groups; groups with --by, else loads.")
+    ] = None,
     by: Annotated[
         str | None, typer.Option(help="What the figure compares: text, class, position, word class, time_step, …")
     ] = None,
@@ -54,7 +57,7 @@ def inspect(
     """Records which heads the tokens of texts or pictures use, and shows it; or shows what was recorded before."""
     from mixhead.report.contents import read_contents
     from mixhead.report.html import write_html
-    from mixhead.report.plots import plot_load_by, plot_loads
+    from mixhead.report.plots import plot as draw_figure
     from mixhead.report.terminal import terminal_view
 
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +69,7 @@ def inspect(
     if terminal:
         console.print(terminal_view(contents, layer))
     if plot is not None:
-        plot_load_by(contents, by, plot, layer) if by is not None else plot_loads(contents, plot)
+        draw_figure(contents, plot, figure, by, layer)
         console.print(f"Wrote {plot}.", markup=False, highlight=False)
     if out is not None or not (terminal or plot):
         heading = f"Which heads {model_name(source)} uses" if title is None else title

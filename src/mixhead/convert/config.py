@@ -8,10 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mixhead.errors import MixheadError
-from mixhead.nn.moh import ROUTERS
-from mixhead.routing import LayerHeads
-
-BALANCE = {"linear": 0.0, "query_norm": 0.01, "two_stage": 0.01}  # weight of the balance loss, by router
+from mixhead.routing import LayerHeads, router_kind
 
 Shares = float | Sequence[float]
 Counts = int | Sequence[int]
@@ -27,9 +24,9 @@ class MoHConfig:
             trains with about 0.3; a calibrated conversion did not gain from any (benchmarks/results).
         active_heads: `active` as whole heads; replaces it.
         shared_heads: `shared` as whole heads; replaces it.
-        router: "linear" (scores of the hidden states, fitted by `mixhead.calibrate`, gates 0 / 1), "query_norm" (the
-            published recipe for LLaMA3, no parameters, gates 0 / 1) or "two_stage" (learned, weighted gates; has to be
-            trained).
+        router: one of `mixhead.routing.ROUTERS`: "linear" (scores of the hidden states, fitted by `mixhead.calibrate`,
+            gates 0 / 1), "query_norm" (the published recipe for LLaMA3, no parameters, gates 0 / 1) or "two_stage"
+            (learned, weighted gates; has to be trained).
         group_balanced: equally many active heads in every key-value group ("linear" and "query_norm" only).
         balance_coefficient: weight of the load-balance loss in the training loss. None becomes that of the tables
             (docs/quality.md): 0 for the linear router, whose fitted scores it would pull away from the heads that
@@ -47,12 +44,9 @@ class MoHConfig:
     balance_coefficient: float | None = None
 
     def __post_init__(self) -> None:
-        if self.router not in ROUTERS:
-            raise MixheadError(f"router={self.router!r} is unknown: choose one of {', '.join(ROUTERS)}.")
-        if self.router == "two_stage" and self.group_balanced:
-            raise MixheadError("The two-stage router cannot be group-balanced: choose 'linear' or 'query_norm'.")
+        kind = router_kind(self.router, self.group_balanced)
         if self.balance_coefficient is None:
-            object.__setattr__(self, "balance_coefficient", BALANCE[self.router])
+            object.__setattr__(self, "balance_coefficient", kind.balance)
         elif not 0.0 <= self.balance_coefficient < math.inf:
             raise MixheadError(f"balance_coefficient={self.balance_coefficient} must be 0 or a positive number.")
         for name, low in (("active", 0.0), ("shared", -1.0)):

@@ -17,7 +17,7 @@ from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import AttentionSite
 from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig
 from mixhead.nn import MixtureOfHeadAttention
-from mixhead.routing import LayerHeads, TwoStageRouter
+from mixhead.routing import LayerHeads, router_kind
 
 TRAINING_STEPS = 1000
 
@@ -67,7 +67,7 @@ def attach_dit_router(model: MoHDiT, index: int) -> None:
     """A fresh router for a layer, as the configuration says; where its gates are 0 / 1, constants for skipped heads."""
     heads, attention = model.config.layers[index], attention_of(model, index)
     attention.set_router(model.config.router, heads.shared_heads, heads.top_k)
-    if isinstance(attention.router, TwoStageRouter):
+    if router_kind(model.config.router).weighted:
         attention.router.reset_parameters()
     else:
         attention.reset_skipped()

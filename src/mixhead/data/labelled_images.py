@@ -1,8 +1,10 @@
-"""Labelled images to train and evaluate on: a folder of classes, a Hugging Face dataset on disk, Fashion-MNIST."""
+"""Labelled images to train and evaluate on: a folder of classes, a Hugging Face dataset on disk, or known by name."""
 
 from __future__ import annotations
 
 import gzip
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Split = Literal["train", "test"]
-FASHION_MNIST = "fashion-mnist"
 FASHION_CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
@@ -103,24 +104,25 @@ class ArrayImages:
         return f"{self.where}[{index}]"
 
 
-def open_images(where: str | Path, split: Split) -> LabelledImages:
+def open_images(where: str | Path, split: Split = "train") -> LabelledImages:
     """One split of a data set.
 
     Args:
-        where: "fashion-mnist" (fetched before with `mixhead fetch fashion-mnist`); a folder that a Hugging Face dataset
-            was saved to (`save_to_disk`), with an Image and a ClassLabel column; or a folder with one folder of image
-            files per class. There, `train` and `val` may lie in between: `where/train/cat/1.jpg`.
+        where: "fashion-mnist" or "emoji" (`mixhead fetch NAME` first); a folder that a Hugging Face dataset was saved
+            to (`save_to_disk`), with an Image and a ClassLabel column; or a folder with one folder of image files per
+            class. There, `train` and `val` may lie in between: `where/train/cat/1.jpg`.
         split: "train", or "test" for what is evaluated on. A folder without splits serves as both.
 
     Raises:
         MixheadError: where there is no such data, or a class has no image.
     """
-    if where == FASHION_MNIST:
-        return fashion_mnist(data_folder(FASHION_MNIST), split)
+    if where in NAMED:
+        name = str(where)
+        return NAMED[name](data_folder(name), split)
     folder = Path(where)
     if not folder.is_dir():
         raise MixheadError(
-            f"The folder of images {folder} does not exist; the only data set by name is {FASHION_MNIST}."
+            f"The folder of images {folder} does not exist; data sets with a name are {' and '.join(NAMED)}."
         )
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return dataset_images(folder, split)
@@ -275,7 +277,7 @@ def fashion_mnist(folder: Path, split: Split) -> ArrayImages:
     labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", dimensions=1)
     if len(pixels) != len(labels) or len(labels) == 0 or labels.max() >= len(FASHION_CLASSES):
         raise MixheadError(f"The files of Fashion-MNIST in {folder} do not fit together: fetch them again.")
-    return ArrayImages(FASHION_CLASSES, labels.astype(np.int64), pixels, f"{FASHION_MNIST}/{split}")
+    return ArrayImages(FASHION_CLASSES, labels.astype(np.int64), pixels, f"fashion-mnist/{split}")
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -290,3 +292,33 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     if content[:4] != bytes((0, 0, 8, dimensions)) or len(sizes) != dimensions or len(content) != start + sizes.prod():
         raise MixheadError(f"The file {path} is no IDX file with {dimensions} dimensions, or it is cut short.")
     return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(sizes)
+
+
+# Google's emoji
+
+
+def emoji(folder: Path, split: Split) -> FolderImages:
+    """The emoji of Google's Noto font, 64 x 64 pixels, by category; variants of the skin colour count as well.
+
+    Args:
+        folder: of the npm package `emoji-datasource-google`.
+        split: both are the same images.
+    """
+    del split
+    try:
+        entries = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
+        found = [
+            (entry["category"], folder / "img/google/64" / variant["image"])
+            for entry in entries
+            for variant in (entry, *entry.get("skin_variations", {}).values())
+            if entry["category"] != "Component" and variant["has_img_google"]  # components are pieces of emoji
+        ]
+    except (OSError, ValueError, KeyError) as error:
+        raise MixheadError(f"{folder} is no package of emoji ({error}): fetch it again.") from error
+    classes = tuple(sorted({category for category, _ in found}))
+    labels = np.array([classes.index(category) for category, _ in found])
+    return FolderImages(classes, labels, tuple(path for _, path in found))
+
+
+# Known by name, and fetched with `mixhead fetch NAME`.
+NAMED: dict[str, Callable[[Path, Split], LabelledImages]] = {"fashion-mnist": fashion_mnist, "emoji": emoji}

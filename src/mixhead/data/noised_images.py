@@ -5,10 +5,8 @@ Shape legend: M images, C channels, Y rows, X columns.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -16,15 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mixhead.data.fetch import data_folder
-from mixhead.data.labelled_images import FolderImages, LabelledImages, Split, open_images
+from mixhead.data.labelled_images import LabelledImages
 from mixhead.data.order import SEED_STRIDE, ShuffledRounds
 from mixhead.errors import MixheadError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EMOJI = "emoji"
 MODES = {1: "L", 3: "RGB"}
 IN_MEMORY = 2**31  # bytes of pixels that are kept; more are read from their files again and again
 
@@ -117,38 +113,6 @@ def image_tensors(images: LabelledImages, size: int, channels: int, batch: int =
     inputs = PixelInputs(images, size, channels)
     for start in range(0, len(images.labels), batch):
         yield torch.stack([inputs.eight_bits(index) for index in range(start, min(start + batch, len(images.labels)))])
-
-
-def generation_images(where: str | Path, split: Split = "train") -> LabelledImages:
-    """Images by the name of a data set ("fashion-mnist", "emoji") or by folder, see `open_images`.
-
-    Raises:
-        MixheadError: where there is no such data.
-    """
-    if where == EMOJI:
-        return emoji_images(data_folder(EMOJI))
-    return open_images(where, split)
-
-
-def emoji_images(folder: Path) -> FolderImages:
-    """The emoji of Google's Noto font, 64 x 64 pixels, by category; variants of the skin colour count as well.
-
-    Args:
-        folder: of the npm package `emoji-datasource-google`.
-    """
-    try:
-        entries = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
-        found = [
-            (entry["category"], folder / "img/google/64" / variant["image"])
-            for entry in entries
-            for variant in (entry, *entry.get("skin_variations", {}).values())
-            if entry["category"] != "Component" and variant["has_img_google"]  # components are pieces of emoji
-        ]
-    except (OSError, ValueError, KeyError) as error:
-        raise MixheadError(f"{folder} is no package of emoji ({error}): fetch it again.") from error
-    classes = tuple(sorted({category for category, _ in found}))
-    labels = np.array([classes.index(category) for category, _ in found])
-    return FolderImages(classes, labels, tuple(path for _, path in found))
 
 
 def square(image: Image, size: int, channels: int) -> Tensor:

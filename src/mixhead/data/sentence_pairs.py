@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ from mixhead.data.vocabulary import lines_of
 from mixhead.errors import MixheadError
 from mixhead.files import write_text
 
-HELP = "libreoffice-help"
-HANDBOOK = "debian-handbook"
+# Known by name, and fetched with `mixhead fetch NAME`.
+NAMED: dict[str, Callable[[Path, Part], list[SentencePair]]] = {
+    "libreoffice-help": help_pairs,
+    "debian-handbook": lambda folder, part: handbook_pairs(folder),  # it has no parts
+}
 # How the parts are called in the folders and datasets that people have.
 ALIASES: dict[Part, tuple[str, ...]] = {
     "train": ("train",),
@@ -52,10 +55,8 @@ def read_pairs(source: str, part: Part = "train", languages: tuple[str, str] = (
 
 
 def _read(source: str, part: Part, languages: tuple[str, str]) -> Iterable[SentencePair]:
-    if source == HELP:
-        return help_pairs(data_folder(HELP), part)
-    if source == HANDBOOK:
-        return handbook_pairs(data_folder(HANDBOOK))
+    if source in NAMED:
+        return NAMED[source](data_folder(source), part)
     if source.endswith(".tsv"):
         return _tab_separated(Path(source))
     if "," in source:
@@ -64,7 +65,7 @@ def _read(source: str, part: Part, languages: tuple[str, str]) -> Iterable[Sente
     folder = Path(source)
     if not folder.is_dir():
         raise MixheadError(
-            f"{source} is neither fetched data ({HELP}, {HANDBOOK}), a .tsv file, two files with a comma between them, "
+            f"{source} is neither fetched data ({', '.join(NAMED)}), a .tsv file, two files with a comma between them, "
             "nor a folder."
         )
     for alias in ALIASES[part]:

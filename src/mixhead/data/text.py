@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from mixhead.errors import MixheadError
 
 Split = Literal["train", "calibration", "validation", "test"]
-ADDRESSES = "addresses"
 _HELD_OUT: tuple[Split, ...] = ("test", "validation", "calibration")
 _BLOCK = 10  # neighbours in time of which one address goes to each held-out part
 
@@ -92,14 +91,14 @@ def text_source(source: str | Path, split: Split = "train") -> list[str]:
         source: "addresses" (the part named by `split`), "addresses:test" (the part named here), or the path of a text
             file, which is one document and is taken whole: evaluate on another file than the one you tune on. A file
             that is itself called "addresses" is reached as "./addresses".
-        split: the part of the addresses where `source` names none.
+        split: the part where `source` has a name and says none.
 
     Raises:
         MixheadError: where there is no such part, or the file is of no use.
     """
     name, colon, part = str(source).partition(":")
-    if name == ADDRESSES:
-        return [address.text for address in addresses(_checked_split(part) if colon else split)]
+    if name in NAMED:
+        return NAMED[name](_checked_split(part) if colon else split)
     return [read_text_file(source)]
 
 
@@ -160,6 +159,12 @@ def _token_stream(
     return torch.tensor(ids, dtype=torch.int64)
 
 
+# Texts with a name and parts.
+NAMED: dict[str, Callable[[Split], list[str]]] = {
+    "addresses": lambda split: [address.text for address in addresses(split)],
+}
+
+
 @cache
 def _parts() -> dict[Split, tuple[Address, ...]]:
     """Every part, read and parted once per process."""
@@ -181,5 +186,5 @@ def _lot(address: Address) -> str:
 
 def _checked_split(split: str) -> Split:
     if split not in get_args(Split):
-        raise MixheadError(f"The addresses have no part {split!r}; choose one of {', '.join(get_args(Split))}.")
+        raise MixheadError(f"The text has no part {split!r}; choose one of {', '.join(get_args(Split))}.")
     return cast(Split, split)

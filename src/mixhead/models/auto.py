@@ -17,6 +17,13 @@ from types import ModuleType
 from typing import Any, ClassVar, Self
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+# The configurations of this library's model families. A new one is a folder in this room and a line here.
+CONFIGURATIONS = [
+    "mixhead.models.hugging_face.configuration.MixheadConfig",
+    "mixhead.models.moa.configuration.MoAEncoderConfig",
+    "mixhead.models.moa.configuration.MoATransformerConfig",
+    "mixhead.models.moh_vit.configuration.MoHTransNeXtConfig",
+]
 AUTO_LOADING = "transformers.quantizers.auto"
 
 
@@ -33,11 +40,9 @@ def register_configurations() -> None:
     """Tells `AutoConfig` the model types of this library."""
     from transformers import AutoConfig
 
-    from mixhead.models.hugging_face.configuration import MixheadConfig
-    from mixhead.models.moa.configuration import MoAEncoderConfig, MoATransformerConfig
-    from mixhead.models.moh_vit.configuration import MoHTransNeXtConfig
-
-    for config_class in (MixheadConfig, MoAEncoderConfig, MoATransformerConfig, MoHTransNeXtConfig):
+    for place in CONFIGURATIONS:
+        module, _, name = place.rpartition(".")
+        config_class = getattr(importlib.import_module(module), name)
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mixhead.errors import MixheadError
 from mixhead.ops import explain_projection, head_attention, project_from_heads, project_to_heads, weight_by_head
 from mixhead.ops.stock import stock_attention
-from mixhead.routing import LinearRouter, QueryNormRouter, Routing, TwoStageRouter
+from mixhead.routing import Routing, router_kind
 
 
 class KeyValueCache(Protocol):
@@ -21,9 +21,6 @@ class KeyValueCache(Protocol):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Appends keys and values [B, K, N, D] of one layer and returns all of that layer, [B, K, T, D]."""
         ...
-
-
-ROUTERS = ("two_stage", "query_norm", "linear")
 
 
 class MixtureOfHeadAttention(nn.Module):
@@ -38,8 +35,8 @@ class MixtureOfHeadAttention(nn.Module):
         head_dim: D; hidden_size / num_heads by default.
         key_value_size: width of the states that keys and values come from; `hidden_size` by default.
         bias: whether the query, key and value projections have a bias; the output projection always has one.
-        router: "two_stage" (learned, weighted gates), "query_norm" (no parameters, 0 / 1) or "linear" (0 / 1); None for
-            plain multi-head attention, which `set_router` can change later.
+        router: one of `mixhead.routing.ROUTERS`: "two_stage" (learned, weighted gates), "query_norm" (no parameters,
+            0 / 1) or "linear" (0 / 1); None for plain multi-head attention, which `set_router` can change later.
         group_balanced: equally many active heads in every key-value group ("query_norm" and "linear" only).
 
     Attributes:
@@ -99,7 +96,8 @@ class MixtureOfHeadAttention(nn.Module):
         """A fresh router of that kind, in the dtype and on the device of the weights."""
         weight = self.o_proj.weight
         num_groups = self.num_key_value_heads if group_balanced else 1
-        made = make_router(kind, self.q_proj.in_features, self.num_heads, shared_heads, top_k, num_groups)
+        make = router_kind(kind, num_groups > 1).make
+        made = make(self.q_proj.in_features, self.num_heads, shared_heads, top_k, num_groups)
         self.router = made.to(device=weight.device, dtype=weight.dtype).train(self.training)
 
     def reset_skipped(self) -> None:
@@ -222,18 +220,3 @@ def is_plain(proj: nn.Module) -> bool:
     return type(proj) is nn.Linear and not (
         proj._forward_pre_hooks or proj._forward_hooks or proj._backward_pre_hooks or proj._backward_hooks
     )
-
-
-def make_router(
-    kind: str, hidden_size: int, num_heads: int, shared_heads: int, top_k: int, num_groups: int = 1
-) -> nn.Module:
-    """The router of that kind; see `mixhead.routing.routers` for what each does."""
-    if kind not in ROUTERS:
-        raise MixheadError(f"router={kind!r} is unknown: choose one of {', '.join(ROUTERS)}.")
-    if kind == "two_stage":
-        if num_groups > 1:
-            raise MixheadError("The two-stage router cannot be group-balanced: choose 'linear' or 'query_norm'.")
-        return TwoStageRouter(hidden_size, num_heads, shared_heads, top_k)
-    if kind == "query_norm":
-        return QueryNormRouter(num_heads, shared_heads, shared_heads + top_k, num_groups)
-    return LinearRouter(hidden_size, num_heads, shared_heads, shared_heads + top_k, num_groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,27 @@ ENDINGS = (".png", ".svg", ".pdf")
 ORDERED = ("position", "time_step")  # labels whose groups follow each other
 # Okabe and Ito's colours, told apart with any colour vision.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f6fc9")
+
+
+def plot(
+    contents: Contents, file: Path, figure: str | None = None, by: str | None = None, layer: str | None = None
+) -> None:
+    """Draws the figure of that name.
+
+    Args:
+        contents: a recording.
+        file: the picture to write.
+        figure: one of `FIGURES`; by default "groups" where there is something to group by, else "loads".
+        by: what to group by, for figures of groups.
+        layer: for figures of one layer.
+
+    Raises:
+        MixheadError: where there is no such figure, or it cannot be drawn of this recording.
+    """
+    name = figure or ("loads" if by is None else "groups")
+    if name not in FIGURES:
+        raise MixheadError(f"There is no figure {name!r}: choose one of {', '.join(FIGURES)}.")
+    FIGURES[name](contents, file, by, layer)
 
 
 def plot_load_by(contents: Contents, label: str, file: Path, layer: str | None = None, most: int = 8) -> None:
@@ -102,6 +124,13 @@ def plot_loads(contents: Contents, file: Path) -> None:
     axes.set_ylabel("head")
     figure.colorbar(image, label="share of tokens that use the head")
     save(figure, file)
+
+
+# A new one is a function and a line here: (contents, file, what to group by, layer).
+FIGURES: dict[str, Callable[[Contents, Path, str | None, str | None], None]] = {
+    "loads": lambda contents, file, by, layer: plot_loads(contents, file),
+    "groups": lambda contents, file, by, layer: plot_load_by(contents, by or "nothing", file, layer),
+}
 
 
 def plot_health(log: Path) -> Path | None:

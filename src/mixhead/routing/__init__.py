@@ -2,6 +2,7 @@
 
 from mixhead.routing.experts import ExpertRouter, ExpertRouting, LossWeights
 from mixhead.routing.heads import LayerHeads
+from mixhead.routing.kinds import ROUTERS, RouterKind, router_kind
 from mixhead.routing.losses import balance_loss, cv_loss, switch_loss, z_loss
 from mixhead.routing.router import Router
 from mixhead.routing.routers import (
@@ -16,6 +17,7 @@ from mixhead.routing.selection import grouped_top_k_mask, top_k_mask
 from mixhead.routing.value import Routing, mean_balance_loss
 
 __all__ = [
+    "ROUTERS",
     "BinaryRouter",
     "ExpertRouter",
     "ExpertRouting",
@@ -25,12 +27,14 @@ __all__ = [
     "OneStageRouter",
     "QueryNormRouter",
     "Router",
+    "RouterKind",
     "Routing",
     "TwoStageRouter",
     "balance_loss",
     "cv_loss",
     "grouped_top_k_mask",
     "mean_balance_loss",
+    "router_kind",
     "soft_selection",
     "switch_loss",
     "top_k_mask",

@@ -10,4 +10,15 @@ class Router(nn.Module):
 
     Each attention layer keeps its router as a submodule and calls it. That is all that `mixhead.record_routing` needs:
     it listens to the routers of a model, under the names of the modules that hold them.
+
+    Attributes:
+        needs_query: whether the queries must exist before the routing does. Where it is False, the query projection of
+            heads that are not selected need not be computed.
     """
+
+    needs_query = False
+
+    def reset_parameters(self) -> None:
+        """Gives all parameters and buffers their start values: here, those that the parts have by themselves."""
+        for part in self.children():
+            part.reset_parameters()  # type: ignore[operator]

@@ -7,9 +7,8 @@
 | `QueryNormRouter` | norm of each head's query, no parameters | 0 / 1 | MoH, continue-tuned LLaMA3 (eq. 9, 10) |
 | `LinearRouter` | linear, fitted by `mixhead.calibrate` | 0 / 1 | this library |
 
-Every router has the same signature, `router(hidden_BNC, q_BHND, token_mask_BN)`, and takes from it what it needs.
-`needs_query` says whether the queries must exist before the routing does: where it is False, the query projection of
-heads that are not selected need not be computed.
+Every router has the same signature, `router(hidden_BNC, q_BHND, token_mask_BN)`, and takes from it what it needs. Those
+that layers can be given by name stand in `kinds`.
 """
 
 from __future__ import annotations
@@ -38,8 +37,6 @@ class TwoStageRouter(Router):
     Parameters are `routed_proj.weight` [E, C] (W_r), `shared_proj.weight` [shared_heads, C] (W_s, where there are at
     least two shared heads) and `stage_proj.weight` [2, C] (W_h, where there are both kinds); none has a bias.
     """
-
-    needs_query = False
 
     def __init__(self, hidden_size: int, num_heads: int, shared_heads: int, top_k: int) -> None:
         super().__init__()
@@ -141,9 +138,13 @@ class BinaryRouter(Router):
         self.num_heads, self.shared_heads, self.active_heads = num_heads, shared_heads, active_heads
         self.num_groups = num_groups
         self.register_buffer("shared_H", torch.zeros(num_heads, dtype=torch.bool))
-        self.reset_parameters()
+        self.share_first()
 
     def reset_parameters(self) -> None:
+        """See `share_first`."""
+        self.share_first()
+
+    def share_first(self) -> None:
         """The first heads (of every group) are shared until calibration chooses better ones."""
         position_H = torch.arange(self.num_heads, device=self.shared_H.device) % (self.num_heads // self.num_groups)
         self.shared_H.copy_(position_H < self.shared_heads // self.num_groups)
@@ -214,14 +215,17 @@ class LinearRouter(BinaryRouter):
     Parameters are `score_proj.weight` [H, C] and `score_proj.bias` [H]; the scores of shared heads are ignored.
     """
 
-    needs_query = False
-
     def __init__(
         self, hidden_size: int, num_heads: int, shared_heads: int, active_heads: int, num_groups: int = 1
     ) -> None:
         super().__init__(num_heads, shared_heads, active_heads, num_groups)
         self.score_proj = nn.Linear(hidden_size, num_heads)
-        nn.init.normal_(self.score_proj.weight, std=hidden_size**-0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small random scores, too."""
+        self.share_first()
+        nn.init.normal_(self.score_proj.weight, std=self.score_proj.in_features**-0.5)
         nn.init.zeros_(self.score_proj.bias)
 
     def forward(self, hidden_BNC: Tensor, q_BHND: Tensor | None = None, token_mask_BN: Tensor | None = None) -> Routing:

@@ -16,7 +16,7 @@ from mixhead.tasks.image_generation.metrics import (
     compare,
     feature_extractor,
     frechet_distance,
-    precision_recall,
+    precision,
     statistics,
 )
 
@@ -98,9 +98,10 @@ def test_batches_of_any_size_give_the_same_figures(real, drawn):
     extractor = Projection()
     at_once = compare("", statistics(extractor, [drawn]), statistics(extractor, [real]))
     in_parts = compare("", statistics(extractor, drawn.split(7)), statistics(extractor, real.split(64)))
-    for name, value in vars(at_once).items():
-        assert vars(in_parts)[name] == (pytest.approx(value) if isinstance(value, float) else value)
-    assert (at_once.generated, at_once.real) == (200, 300)
+    assert in_parts == {
+        name: pytest.approx(value) if isinstance(value, float) else value for name, value in at_once.items()
+    }
+    assert (at_once["generated"], at_once["real"]) == (200, 300)
 
 
 def test_a_large_mean_costs_no_precision():
@@ -128,13 +129,12 @@ def test_fewer_images_than_features_are_no_trouble():
 def test_precision_and_recall_count_who_is_near():
     real = torch.cat([torch.randn(50, 2), torch.randn(50, 2) + 100])
     near_half = torch.randn(50, 2) * 0.1  # all near the first half, and nobody near the second
-    precision, recall = precision_recall(real, near_half)
-    assert precision == 1.0
-    assert recall < 0.5
-    assert precision_recall(real, real + 1000) == (0.0, 0.0)
-    assert precision_recall(real, real.clone()) == (1.0, 1.0)
+    assert precision(near_half, real) == 1.0
+    assert precision(real, near_half) < 0.5  # recall
+    assert precision(real + 1000, real) == precision(real, real + 1000) == 0.0
+    assert precision(real.clone(), real) == 1.0
     with pytest.raises(MixheadError, match="more than 3 images"):
-        precision_recall(real, real[:3])
+        precision(real, real[:3])
 
 
 def test_the_subset_is_fixed_in_size_and_uniform():

@@ -15,16 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mixhead.cli.app import run
+from mixhead.data.labelled_images import open_images
 from mixhead.data.latents import cache_latents, load_vae, shard_file
-from mixhead.data.noised_images import (
-    NoisedOrder,
-    NoisingConfig,
-    emoji_images,
-    generation_images,
-    pixel_inputs,
-    to_eight_bits,
-    to_signed,
-)
+from mixhead.data.noised_images import NoisedOrder, NoisingConfig, pixel_inputs, to_eight_bits, to_signed
 from mixhead.errors import MixheadError
 from mixhead.models.moh_dit import MoHDiT, load_dit
 from mixhead.tasks.image_generation.config import GenerationConfig
@@ -191,7 +184,7 @@ def test_the_shipped_recipes_are_complete():
 
 
 def test_a_sample_depends_on_seed_and_number_alone(pictures):
-    inputs = pixel_inputs(generation_images(pictures), SIDE, 1, mirrors=True)
+    inputs = pixel_inputs(open_images(pictures), SIDE, 1, mirrors=True)
     order = NoisedOrder(inputs, 100, NoisingConfig(steps=1000, class_dropout=0.5, seed=1))
     again = NoisedOrder(inputs, 200, NoisingConfig(steps=1000, class_dropout=0.5, seed=1))
     other = NoisedOrder(inputs, 100, NoisingConfig(steps=1000, class_dropout=0.5, seed=2))
@@ -209,28 +202,6 @@ def test_a_sample_depends_on_seed_and_number_alone(pictures):
 def test_pixels_survive_the_way_to_floats_and_back():
     values = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_eight_bits(to_signed(values)), values)
-
-
-def test_emoji_are_read_by_category(tmp_path):
-    (tmp_path / "img/google/64").mkdir(parents=True)
-    entries = [
-        {"category": "Smileys & Emotion", "image": "a.png", "has_img_google": True},
-        {"category": "Flags", "image": "b.png", "has_img_google": False},
-        {"category": "Component", "image": "c.png", "has_img_google": True},
-        {
-            "category": "Animals & Nature",
-            "image": "d.png",
-            "has_img_google": True,
-            "skin_variations": {"1F3FB": {"image": "e.png", "has_img_google": True}},
-        },
-    ]
-    (tmp_path / "emoji.json").write_text(json.dumps(entries))
-    found = emoji_images(tmp_path)
-    assert found.classes == ("Animals & Nature", "Smileys & Emotion")
-    assert [path.name for path in found.files] == ["a.png", "d.png", "e.png"]
-    assert found.labels.tolist() == [1, 0, 0]
-    with pytest.raises(MixheadError, match="no package of emoji"):
-        emoji_images(tmp_path / "img")
 
 
 # Latents
@@ -260,14 +231,14 @@ def test_latents_are_encoded_once_and_trained_on(pictures, vae, tmp_path):
     assert pipeline.transformer.dit.config.sample_size == SIDE // 2
     [images] = sample_images(pipeline, [0, 1], SamplingConfig(steps=2))
     assert images.shape == (2, 3, SIDE, SIDE)
-    inputs = pixel_inputs(generation_images(pictures), SIDE, 3, mirrors=True)
+    inputs = pixel_inputs(open_images(pictures), SIDE, 3, mirrors=True)
     latents = cache_latents(inputs, load_vae(vae), tmp_path / "latents")
     assert shard_file(tmp_path / "latents", 0).stat().st_mtime_ns == written
     draws = [latents.read(3, True, torch.Generator().manual_seed(seed)) for seed in range(200)]
     distribution = load_vae(vae).encode(to_signed(inputs.eight_bits(3)).flip(-1).unsqueeze(0)).latent_dist
     torch.testing.assert_close(torch.stack(draws).mean(0) / 0.18215, distribution.mean[0], rtol=0.2, atol=0.3)
     with pytest.raises(MixheadError, match="belong to other images"):
-        cache_latents(pixel_inputs(generation_images(pictures), SIDE, 3), load_vae(vae), tmp_path / "latents")
+        cache_latents(pixel_inputs(open_images(pictures), SIDE, 3), load_vae(vae), tmp_path / "latents")
 
 
 def test_a_missing_vae_is_named(tmp_path):

@@ -19,8 +19,7 @@ from mixhead.models.hugging_face.attention import (
     routing_class,
 )
 from mixhead.models.hugging_face.sites import AttentionSite, find_sites
-from mixhead.nn import make_router
-from mixhead.routing import BinaryRouter, LayerHeads, TwoStageRouter
+from mixhead.routing import LayerHeads, Router, router_kind
 
 
 def attach_routers(model: PreTrainedModel) -> None:
@@ -42,8 +41,8 @@ def attach_routers(model: PreTrainedModel) -> None:
 def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -> None:
     """One attention module becomes one that routes; with all heads active it stays as it is.
 
-    A "linear" router comes with `moh_skipped` [H, D]: what stands in for a head's output at tokens that skip it. It is
-    a constant (zero until calibration measures the mean), so a skipped head still costs nothing.
+    A router that is calibrated comes with `moh_skipped` [H, D]: what stands in for a head's output at tokens that skip
+    it. It is a constant (zero until calibration measures the mean), so a skipped head still costs nothing.
     """
     module = site.module
     module.moh_name = site.name  # type: ignore[assignment]
@@ -53,12 +52,13 @@ def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -
     feed_router(module)
     if heads.is_dense:
         return
+    kind = router_kind(moh["router"], moh["group_balanced"])
     num_groups = site.num_key_value_heads if moh["group_balanced"] else 1
-    router = make_router(moh["router"], site.hidden_size, heads.num_heads, heads.shared_heads, heads.top_k, num_groups)
+    router = kind.make(site.hidden_size, heads.num_heads, heads.shared_heads, heads.top_k, num_groups)
     weight = site.output_projection.weight
     module.moh_router = router.to(device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
     router.train(module.training)
-    if moh["router"] == "linear":
+    if kind.calibrated:
         head_dim = site.output_weight_HDC().shape[1]
         skipped_HD = torch.zeros(heads.num_heads, head_dim, device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
         module.moh_skipped = nn.Parameter(skipped_HD)
@@ -91,11 +91,11 @@ def initialise_routing(module: nn.Module) -> None:
     skipped_HD = getattr(module, "moh_skipped", None)
     if skipped_HD is not None and not getattr(skipped_HD, "_is_hf_initialized", False):
         skipped_HD.zero_()
-    if not isinstance(module, BinaryRouter | TwoStageRouter):
+    if not isinstance(module, Router):
         return
     tensors = [*module.parameters(), *module.buffers()]
     if any(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
         return
     module.reset_parameters()
     for child in module.modules():
-        child._is_hf_initialized = isinstance(module, TwoStageRouter) or child is module  # type: ignore[assignment]
+        child._is_hf_initialized = True  # type: ignore[assignment]

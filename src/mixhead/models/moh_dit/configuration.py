@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mixhead.errors import MixheadError
-from mixhead.nn.moh import ROUTERS
-from mixhead.routing import LayerHeads
+from mixhead.routing import LayerHeads, router_kind
 
 PerLayer = int | Sequence[int]
 PER_LAYER = ("num_heads", "head_dim", "shared_heads", "top_k")
@@ -31,8 +30,8 @@ class MoHDiTConfig:
         head_dim: per layer; hidden_size / num_heads where it is None.
         shared_heads: per layer, how many heads every token uses; None, with `top_k`, for a dense model.
         top_k: per layer, how many of the other heads each token uses; 0 where all are shared.
-        router: "two_stage" (learned, weighted gates, the published one), or "linear" or "query_norm" (0 / 1 gates: a
-            converted dense DiT, whose layers are dense where every head is active).
+        router: one of `mixhead.routing.ROUTERS`: "two_stage" (learned, weighted gates, the published one), or "linear"
+            or "query_norm" (0 / 1 gates: a converted dense DiT, whose layers are dense where every head is active).
         mlp_ratio: width of the MLP in units of C.
         num_classes: classes are 0 to num_classes - 1.
         null_class: whether there is one class more, num_classes, which stands for none (classifier-free guidance).
@@ -122,7 +121,7 @@ class MoHDiTConfig:
         """Per layer, whether its heads have gates. The published router weights heads that are all shared, too."""
         if self.shared_heads is None:
             return (False,) * self.depth
-        return tuple(self.router == "two_stage" or not layer.is_dense for layer in self.layers)
+        return tuple(router_kind(self.router).weighted or not layer.is_dense for layer in self.layers)
 
     @property
     def active_share(self) -> float:
@@ -171,8 +170,7 @@ class MoHDiTConfig:
     def _check_heads(self) -> None:
         if (self.shared_heads is None) != (self.top_k is None):
             raise MixheadError("Give both shared_heads and top_k, or neither for a dense DiT.")
-        if self.router not in ROUTERS:
-            raise MixheadError(f"router={self.router!r} is unknown: choose one of {', '.join(ROUTERS)}.")
+        kind = router_kind(self.router)
         if self.shared_heads is None:
             return
         for number, layer in enumerate(self.layers):
@@ -181,7 +179,7 @@ class MoHDiTConfig:
                     f"Layer {number} has {layer.num_heads} heads, too few for shared_heads={layer.shared_heads} and "
                     f"top_k={layer.active_heads - layer.shared_heads}."
                 )
-            if self.router == "two_stage" and layer.active_heads == layer.shared_heads < layer.num_heads:
+            if kind.weighted and layer.active_heads == layer.shared_heads < layer.num_heads:
                 raise MixheadError(
                     f"Layer {number}: top_k=0 leaves {layer.num_heads - layer.shared_heads} of {layer.num_heads} heads "
                     "unused for ever: choose top_k >= 1 or make every head shared."

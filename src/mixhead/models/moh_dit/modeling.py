@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mixhead.errors import MixheadError
 from mixhead.models.moh_dit.configuration import MoHDiTConfig
 from mixhead.nn import MixtureOfHeadAttention
-from mixhead.routing import Routing
+from mixhead.routing import Routing, router_kind
 
 NORM_EPS = 1e-6
 TIME_FREQUENCIES = 128
@@ -53,7 +53,7 @@ class DiTBlock(nn.Module):
             bias=config.qkv_bias,
             router=config.router if config.routes[layer] else None,
         )
-        if config.routes[layer] and config.router != "two_stage":
+        if config.routes[layer] and not router_kind(config.router).weighted:
             self.attention.reset_skipped()
         self.mlp = TwoLayers(width, config.mlp_size, width, nn.GELU(approximate="tanh"))
         self.modulation = nn.Linear(width, 6 * width)

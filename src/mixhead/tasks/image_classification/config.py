@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le
 
 from mixhead.data.augment import AugmentConfig
+from mixhead.data.labelled_images import NAMED
 from mixhead.errors import MixheadError
 from mixhead.settings import Count, NotNegative, Positive, Share, Source, absolute
 from mixhead.training.config import RunConfig, Schedule
-
-FASHION_MNIST = "fashion-mnist"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class ImageTrainConfig(RunConfig):
     """
 
     model: Mapping[str, Any]
-    data: Annotated[str, Source((FASHION_MNIST,))]
+    data: Annotated[str, Source(NAMED)]
     teacher: Annotated[str | None, Source()] = None
     epochs: Positive = 300
     batch_size: Count = 128

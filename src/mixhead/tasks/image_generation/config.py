@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
+from mixhead.data.labelled_images import NAMED
 from mixhead.errors import MixheadError
 from mixhead.settings import Count, NotNegative, Positive, Settings, Share, Source
 from mixhead.training.config import Precision, RunConfig, Schedule
@@ -29,7 +30,7 @@ class DataSettings(Settings):
         latents: folder in which the latents are kept.
     """
 
-    images: Annotated[str, Source(("fashion-mnist", "emoji"))]
+    images: Annotated[str, Source(NAMED)]
     size: Count
     channels: int = 3
     mirror: bool = True

@@ -11,9 +11,10 @@ Shape legend: N images, F features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,32 +144,26 @@ class Subset:
         return self._kept[: min(self._seen, self.size)]
 
 
-def precision_recall(real_NF: Tensor, generated_MF: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
-    """Share of the generated images near real ones, and of the real images near generated ones.
+def precision(generated_MF: Tensor, real_NF: Tensor, neighbours: int = NEIGHBOURS) -> float:
+    """Share of the generated images near real ones; recall is that of the real images near generated ones.
 
     Near means inside the sphere around one of the others that reaches to its `neighbours`-th neighbour (Kynkäänniemi et
     al., arXiv 1904.06991, eqs. 1 and 2).
     """
-    for features, what in ((real_NF, "real"), (generated_MF, "generated")):
-        if len(features) <= neighbours:
-            raise MixheadError(
-                f"Precision and recall need more than {neighbours} images of either kind, and there are "
-                f"{len(features)} {what} ones."
-            )
-    precision = _covered(generated_MF, real_NF, _radii(real_NF, neighbours))
-    recall = _covered(real_NF, generated_MF, _radii(generated_MF, neighbours))
-    return precision, recall
+    if min(len(real_NF), len(generated_MF)) <= neighbours:
+        raise MixheadError(
+            f"Precision and recall need more than {neighbours} images of either kind, and there are "
+            f"{len(generated_MF)} and {len(real_NF)}."
+        )
+    radii_N = _radii(real_NF, neighbours)
+    inside = [(torch.cdist(rows, real_NF) <= radii_N).any(1) for rows in generated_MF.split(BLOCK)]
+    return float(torch.cat(inside).double().mean())
 
 
 def _radii(features_NF: Tensor, neighbours: int) -> Tensor:
     blocks = (torch.cdist(rows, features_NF) for rows in features_NF.split(BLOCK))
     # The nearest of all is the image itself.
     return torch.cat([block.kthvalue(neighbours + 1, dim=1).values for block in blocks])
-
-
-def _covered(features_MF: Tensor, centres_NF: Tensor, radii_N: Tensor) -> float:
-    inside = [(torch.cdist(rows, centres_NF) <= radii_N).any(1) for rows in features_MF.split(BLOCK)]
-    return float(torch.cat(inside).double().mean())
 
 
 @dataclass
@@ -204,42 +199,51 @@ class ImageStatistics:
             self.score.update(features.probs_NK)
 
 
-@dataclass(frozen=True)
-class Quality:
-    """What was measured, and with what.
+class Metric(NamedTuple):
+    """Something measured of generated images beside real ones.
 
     Attributes:
-        extractor: name of the network whose features were compared.
-        fid, sfid: distances of the features' distributions; smaller is better.
-        inception_score: larger is better; of the extractor's own classes.
-        precision, recall: shares from 0 to 1.
-        generated, real: images that were compared.
+        title: for tables.
+        measure: of the statistics of the generated and of the real ones; None where the extractor does not have it.
     """
 
-    extractor: str
-    fid: float
-    sfid: float | None
-    inception_score: float | None
-    precision: float
-    recall: float
-    generated: int
-    real: int
+    title: str
+    measure: Callable[[ImageStatistics, ImageStatistics], float | None]
 
 
-def compare(extractor: str, generated: ImageStatistics, real: ImageStatistics) -> Quality:
-    """The figures of generated images beside real ones."""
-    precision, recall = precision_recall(real.subset.features_NF, generated.subset.features_NF)
-    both_spatial = generated.spatial is not None and real.spatial is not None
-    return Quality(
-        extractor=extractor,
-        fid=frechet_distance(real.pooled, generated.pooled),
-        sfid=frechet_distance(real.spatial, generated.spatial) if both_spatial else None,  # type: ignore[arg-type]
-        inception_score=None if generated.score is None else generated.score.compute(),
-        precision=precision,
-        recall=recall,
-        generated=generated.count,
-        real=real.count,
-    )
+def fid(generated: ImageStatistics, real: ImageStatistics) -> float:
+    """Distance of the features of whole images; smaller is better."""
+    return frechet_distance(real.pooled, generated.pooled)
+
+
+def sfid(generated: ImageStatistics, real: ImageStatistics) -> float | None:
+    """Distance of the features of places in the images; smaller is better."""
+    if generated.spatial is None or real.spatial is None:
+        return None
+    return frechet_distance(real.spatial, generated.spatial)
+
+
+# A new one is a function and a line here.
+METRICS = {
+    "fid": Metric("FID", fid),
+    "sfid": Metric("sFID", sfid),
+    "inception_score": Metric(
+        "Inception Score, of the classes of these features",
+        lambda generated, real: None if generated.score is None else generated.score.compute(),
+    ),
+    "precision": Metric(
+        "precision", lambda generated, real: precision(generated.subset.features_NF, real.subset.features_NF)
+    ),
+    "recall": Metric(
+        "recall", lambda generated, real: precision(real.subset.features_NF, generated.subset.features_NF)
+    ),
+}
+
+
+def compare(extractor: str, generated: ImageStatistics, real: ImageStatistics) -> dict[str, Any]:
+    """All metrics by name, between the name of the network whose features were compared and the numbers of images."""
+    measured = {name: metric.measure(generated, real) for name, metric in METRICS.items()}
+    return {"extractor": extractor, **measured, "generated": generated.count, "real": real.count}
 
 
 def statistics(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> ImageStatistics:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
 from transformers import set_seed
 
-from mixhead.data.noised_images import PixelInputs, generation_images, pixel_inputs
+from mixhead.data.labelled_images import NAMED, open_images
+from mixhead.data.noised_images import PixelInputs, pixel_inputs
 from mixhead.errors import MixheadError
 from mixhead.files import write_text
 from mixhead.settings import Count, Positive, Share, Source
@@ -94,7 +95,7 @@ class ClassifierConfig(RunConfig):
     """How a small classifier is trained; see `RunConfig` for what is not listed here.
 
     Attributes:
-        images: what is trained on, see `generation_images`; its test split measures the accuracy.
+        images: what is trained on, see `open_images`; its test split measures the accuracy.
         size: side of the images in pixels.
         channels: 1 (grey) or 3 (colour).
         widths: channels after each convolution.
@@ -102,7 +103,7 @@ class ClassifierConfig(RunConfig):
         batch_size: images of one optimizer step.
     """
 
-    images: Annotated[str, Source(("fashion-mnist", "emoji"))]
+    images: Annotated[str, Source(NAMED)]
     size: Count
     channels: int
     widths: tuple[int, ...] = (16, 32, 64, 64)
@@ -167,7 +168,7 @@ def build(config: ClassifierConfig, run: Path) -> ClassifierTrainer:
     Raises:
         MixheadError: where the images do not fit into memory.
     """
-    inputs = pixel_inputs(generation_images(config.images), config.size, config.channels)
+    inputs = pixel_inputs(open_images(config.images), config.size, config.channels)
     if inputs.kept_MCYX is None:
         raise MixheadError(f"{config.images} does not fit into memory: take fewer or smaller images.")
     sizes = SmallClassifierConfig(config.channels, config.size, len(inputs.classes), config.widths, config.images)
@@ -184,7 +185,7 @@ def measure(trainer: ClassifierTrainer, folder: Path) -> Metrics:
 @torch.inference_mode()
 def accuracy(model: SmallClassifier, config: ClassifierConfig) -> float:
     """Share of the test images that are classified correctly."""
-    test = pixel_inputs(generation_images(config.images, "test"), config.size, config.channels)
+    test = pixel_inputs(open_images(config.images, "test"), config.size, config.channels)
     assert test.kept_MCYX is not None
     batches = zip(test.kept_MCYX.split(500), test.labels_M.split(500), strict=True)
     device = next(model.parameters()).device

@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import set_seed
 
+from mixhead.data.labelled_images import open_images
 from mixhead.data.latents import cache_latents, load_vae
-from mixhead.data.noised_images import TrainingInputs, generation_images, pixel_inputs
+from mixhead.data.noised_images import TrainingInputs, pixel_inputs
 from mixhead.errors import MixheadError
 from mixhead.models.moh_dit import PUBLISHED, MoHDiT, MoHDiTConfig
 from mixhead.tasks.image_generation.config import DataSettings, GenerationConfig
@@ -52,7 +53,7 @@ def measure(trainer: DiffusionTrainer, folder: Path) -> Metrics:
 
 def training_inputs(data: DataSettings) -> TrainingInputs:
     """Pixels, or cached latents."""
-    pixels = pixel_inputs(generation_images(data.images), data.size, data.channels, data.mirror)
+    pixels = pixel_inputs(open_images(data.images), data.size, data.channels, data.mirror)
     if data.vae is None or data.latents is None:
         return pixels
     return cache_latents(pixels, load_vae(Path(data.vae)), Path(data.latents))

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixhead.data.order import SEED_STRIDE, ShuffledRounds
-from mixhead.data.text import ADDRESSES, Split, read_text_file, text_source, token_windows
+from mixhead.data.text import NAMED, Split, read_text_file, text_source, token_windows
 from mixhead.data.token_batches import RunBatches
 from mixhead.data.vocabulary import check_vocabulary, load_vocabulary, vocabulary_for
 from mixhead.errors import MixheadError, first_line
@@ -47,7 +47,7 @@ class MaskedLMConfig(MoATrainConfig):
         test_windows: at most so many windows of the test text, spread evenly; None takes all.
     """
 
-    data: Annotated[str, Source((ADDRESSES,))] = ADDRESSES
+    data: Annotated[str, Source(NAMED)] = "addresses"
     window: Annotated[int, Ge(2)] = 128
     batch_size: Count = 32
     mask_share: Annotated[float, Gt(0), Lt(1)] = 0.15

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixhead.data.aligned_pages import SentencePair
-from mixhead.data.sentence_pairs import read_pairs
+from mixhead.data.sentence_pairs import NAMED, read_pairs
 from mixhead.data.token_batches import PairBatches
 from mixhead.data.vocabulary import vocabulary_for
 from mixhead.models.moa import MoATransformerConfig, MoATransformerForConditionalGeneration
@@ -27,8 +27,6 @@ from mixhead.tasks.translation.config import TranslateConfig
 from mixhead.tasks.translation.scores import TranslationScores, score_translations
 from mixhead.tasks.translation.translate import load_translator, translate_lines
 from mixhead.training.run import Metrics
-
-NAMES = ("libreoffice-help", "debian-handbook")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +45,8 @@ class TranslationConfig(MoATrainConfig):
         length_penalty: of beam search in the test.
     """
 
-    data: Annotated[str, Source(NAMES)]
-    tests: Annotated[Mapping[str, str], Source(NAMES)] = field(default_factory=dict)
+    data: Annotated[str, Source(NAMED)]
+    tests: Annotated[Mapping[str, str], Source(NAMED)] = field(default_factory=dict)
     test_sentences: Count | None = None
     languages: tuple[str, str] = ("en", "de")
     max_tokens: Count = 8192
