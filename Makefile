@@ -64,6 +64,12 @@ test: $(DEV_STAMP)  ## Check style, types and behaviour
 	@$(MAKE) --no-print-directory types
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+.PHONY: coverage
+coverage: $(DEV_STAMP)  ## Say which lines of each file no test runs; what is below 85% is listed last
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --cov=mixhead --cov-report=json:coverage.json \
+		--cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+	@$(BIN)/python scripts/coverage_of_files.py coverage.json
+
 .PHONY: test-versions
 test-versions: $(DEV_STAMP)  ## Run the fast tests with other versions of Python and PyTorch
 	@$(BIN)/nox $(NOX_ARGS)

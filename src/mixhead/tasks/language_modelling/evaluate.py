@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixhead.errors import MixheadError
-from mixhead.intervals import MOST_FREEDOM, Floats, error_of_mean, mean_band, share_band, t_quantile
+from mixhead.intervals import MOST_FREEDOM, Floats, mean_band, share_band, t_quantile
 from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.modes import autocast_to, evaluation_mode
 
@@ -42,11 +42,6 @@ class Perplexity:
     def perplexity(self) -> float:
         """exp(mean_nll)."""
         return math.exp(min(self.mean_nll, 700.0))
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Predicted tokens per second of wall time."""
-        return self.tokens / self.seconds if self.seconds > 0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -146,19 +141,6 @@ def heads_of(model: PreTrainedModel) -> tuple[float, int]:
     return heads, heads
 
 
-def paired_ratio(new: Perplexity, base: Perplexity) -> tuple[float, float]:
-    """The ratio of two perplexities measured on the same windows, and its standard error over those windows.
-
-    The error is that of the mean difference of the windows: far smaller than the error of either perplexity.
-
-    Raises:
-        MixheadError: where the two do not hold the same number of windows.
-    """
-    gaps_W = _window_gaps(new, base)
-    ratio = math.exp(gaps_W.mean())
-    return ratio, ratio * error_of_mean(gaps_W)
-
-
 def ratio_band(new: Perplexity, base: Perplexity) -> tuple[float, float]:
     """Between what values the ratio of two perplexities on the same windows lies with 95% confidence.
 
@@ -169,18 +151,6 @@ def ratio_band(new: Perplexity, base: Perplexity) -> tuple[float, float]:
     """
     low, high = mean_band(_window_gaps(new, base))
     return math.exp(low), math.exp(high)
-
-
-def paired_gap(new: Accuracy, base: Accuracy) -> tuple[float, float]:
-    """The difference of two accuracies on the same questions (share, not percent), and its standard error.
-
-    Where the two hardly ever differ the error says little, and 0 does not mean that they are the same: `gap_band`.
-
-    Raises:
-        MixheadError: where the two do not hold answers to the same number of questions.
-    """
-    gaps_N = _answer_gaps(new, base)
-    return float(gaps_N.mean()), error_of_mean(gaps_N)
 
 
 def gap_band(new: Accuracy, base: Accuracy) -> tuple[float, float]:
