@@ -338,6 +338,15 @@ def test_an_interrupted_measurement_leaves_nothing_and_is_made_anew(cache, monke
     assert measure.calls == 1
 
 
+def test_a_measurement_on_a_busy_machine_serves_its_process_alone(cache, monkeypatch, caplog):
+    measure = store.measure
+    monkeypatch.setattr(store, "measure", lambda *args: replace(measure(*args), left_out=100))
+    with caplog.at_level(logging.WARNING):
+        assert crossover.table("attention", 2) is crossover.table("attention", 2)
+    assert "the next process measures again; `mixhead doctor --tune`" in caplog.text
+    assert not list(cache.glob("*.json"))
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "half", "wrong type"])
 def test_a_broken_table_is_told_and_measured_anew(cache, caplog, content):
     crossover.table("attention", 1)

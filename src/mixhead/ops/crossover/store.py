@@ -123,12 +123,25 @@ def measure_once(library: str, threads: int) -> Table:
             if found is None:
                 logger.warning("Measuring which engines are fast on this processor, once, in a few seconds: %s", file)
                 found = measure(SHORT, [library])
-                write(found, file)
+                keep(found, file)
     except (OSError, compiling.BuildError) as error:
         logger.warning("What is fast on this processor is measured for this process alone: %s", error)
         found = measure(SHORT, [library])
     _measured[library, threads > 1] = found
     return found
+
+
+def keep(found: Table, file: Path) -> None:
+    """Writes what was measured for later processes, unless so little was that the machine must have been busy."""
+    if found.left_out > len(found.points):
+        logger.warning(
+            "There was time for %d of %d measurements alone, so the next process measures again; `mixhead doctor "
+            "--tune` measures at length, once and for good.",
+            len(found.points),
+            len(found.points) + found.left_out,
+        )
+    else:
+        write(found, file)
 
 
 def measure(
