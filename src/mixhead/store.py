@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,17 +21,17 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mixhead.errors import MixheadError, first_line, listed
-from mixhead.files import restore, write_folder
+from mixhead.files import read_json, restore, write_folder
 from mixhead.interop.safe_load import read_start
 from mixhead.models.auto import LoadsItsModels
 from mixhead.models.hugging_face import MoHModelMixin, moh_model_class
+from mixhead.shards import check_indexes
 
 PathLike = str | os.PathLike[str]
 
 CONFIG = "config.json"
 PIPELINE = "model_index.json"  # of diffusers
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # What the writers raise when a disk is full or a folder read-only: the operating system and safetensors.
 WRITE_ERRORS = (OSError, SafetensorError)
 
@@ -159,11 +158,7 @@ def check_folder(path: PathLike) -> Path:
 def load_config(folder: Path) -> PreTrainedConfig:
     """The configuration, of a type that the installed transformers knows."""
     file = folder / CONFIG
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
-        raise MixheadError(f"{file} is truncated or corrupt ({first_line(error)}).") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+    if not isinstance(read_json(file).get("model_type"), str):
         raise MixheadError(f"{file} does not say which model it describes (model_type).")
     return or_refuse(
         lambda: AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
@@ -213,16 +208,7 @@ def check_weight_files(folder: Path) -> None:
         raise MixheadError(f"{folder} holds no weights ({' or '.join(WEIGHT_FILES)}).")
     for file in sorted(files):
         read_start(file)
-    for index in (folder / name for name in INDEX_FILES):
-        if not index.is_file():
-            continue
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MixheadError(f"{index} is truncated or corrupt ({first_line(error)}).") from error
-        absent = sorted(name for name in named if not (folder / str(name)).is_file())
-        if absent:
-            raise MixheadError(f"{folder} is incomplete: {index.name} names {listed(absent)}, which is not there.")
+    check_indexes(folder)
 
 
 def or_refuse(call: Callable[[], Any], sentence: str) -> Any:

@@ -182,7 +182,24 @@ DAMAGES = {
     "empty configuration": (lambda f: (f / "config.json").write_text(""), r"config\.json is truncated or corrupt"),
     "half a configuration": (lambda f: truncate(f / "config.json", 0.5), r"config\.json is truncated or corrupt"),
     "binary configuration": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "truncated or corrupt"),
-    "a list as configuration": (lambda f: (f / "config.json").write_text("[]"), "does not say which model"),
+    "a list as configuration": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
+    "lists without end": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        r"config\.json is truncated or corrupt",
+    ),
+    "objects without end": (
+        lambda f: (f / "config.json").write_text('{"moh": ' + '{"a": ' * 900 + "1" + "}" * 901),
+        "does not say which model",
+    ),
+    "a weight in another folder": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x/model.safetensors"}}'),
+        "nothing outside of the folder is read",
+    ),
+    "a list as index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "must hold a JSON object"),
+    "a list of weights as index": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'),
+        "has no weight_map",
+    ),
     "no model type": (lambda f: edit(f / "config.json", model_type=...), "does not say which model"),
     "unknown model type": (lambda f: edit(f / "config.json", model_type="unheard"), "describes no model that can be"),
     "no way to routed weights": (lambda f: edit(f / "config.json", quantization_config=...), "a mixhead checkpoint"),

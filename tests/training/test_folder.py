@@ -14,7 +14,7 @@ from mixhead import precision
 from mixhead.errors import MixheadError
 from mixhead.settings import Count, Source
 from mixhead.training.config import RunConfig
-from mixhead.training.folder import open_run
+from mixhead.training.folder import opened_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ class AnyTrainer:
 def opened(run: Path, config: RunConfig, resume: bool = True, data: str = "that", task: str = "toy") -> bool | None:
     """What a trainer computes in after its run was opened."""
     trainer = AnyTrainer(run, config, data)
-    assert open_run(trainer, task, resume) == 0
+    with opened_run(trainer, task, resume) as done:
+        assert done == 0
     return trainer.bfloat16
 
 
@@ -131,11 +132,15 @@ def test_what_a_former_run_tuned_is_compared(tmp_path):
     (tmp_path / "tune.json").write_text(json.dumps(former))
     trainer = AnyTrainer(tmp_path, Config(steps=50, warmup=0.1))
     trainer.fingerprint = lambda: {"architecture": "Llama", "parameters": 3, "windows_sha256": "x"}
-    assert open_run(trainer, "language_modelling", True) == 0 and trainer.bfloat16 is False
+    with opened_run(trainer, "language_modelling", True) as done:
+        assert done == 0 and trainer.bfloat16 is False
     (tmp_path / "recipe.yaml").unlink()
     trainer.fingerprint = lambda: {"architecture": "Llama", "parameters": 3, "windows_sha256": "y"}
-    with pytest.raises(MixheadError, match="windows_sha256 was 'x' and is 'y'"):
-        open_run(trainer, "language_modelling", True)
+    with (
+        pytest.raises(MixheadError, match="windows_sha256 was 'x' and is 'y'"),
+        opened_run(trainer, "language_modelling", True),
+    ):
+        pass
 
 
 def test_former_settings_that_no_run_can_have_are_refused_in_a_sentence(tmp_path):
@@ -145,7 +150,8 @@ def test_former_settings_that_no_run_can_have_are_refused_in_a_sentence(tmp_path
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "recipe.json"])
-def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, name):
-    (tmp_path / name).write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", "null", "[" * 10_000, '{"task": 7, "training": "none"}', "\x00\xff"])
+def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(MixheadError, match="cannot be read"):
         opened(tmp_path, Config())

@@ -55,6 +55,8 @@ def test_a_recipe_becomes_dataclasses(recipe: Path) -> None:
         ("width", "`width` must have the form key=value"),
         ("width.more=1", "width is a value of the recipe"),
         ("heads=[1", "the value is no YAML"),
+        pytest.param("heads=" + "[" * 10_000, "the value is no YAML", id="without end"),
+        ("heads=2026-02-30", "the value is no YAML"),
     ],
 )
 def test_mistakes_are_named(recipe: Path, override: str, sentence: str) -> None:
@@ -71,7 +73,10 @@ def test_a_missing_value_is_named() -> None:
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     with pytest.raises(MixheadError, match="neither a file nor a recipe"):
         read_recipe("no-such-recipe")
-    for text, sentence in (("[1, 2]", "must be a mapping"), ("a: [", "is no YAML"), ("width: 1", "must be a mapping")):
+    for text, sentence in (
+        ("[1, 2]", "must be a mapping"), ("a: [", "is no YAML"), ("width: 1", "must be a mapping"),
+        ("[" * 10_000, "is no YAML"), ("{a: " * 10_000, "is no YAML"), ("day: 2026-02-30", "is no YAML"),
+    ):  # fmt: skip
         path = tmp_path / "bad.yaml"
         path.write_text(text)
         with pytest.raises(MixheadError, match=sentence):

@@ -1,4 +1,4 @@
-"""The typer application, and how every verb ends: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+"""The typer application, and how every verb ends: 0, 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
 
 from __future__ import annotations
 

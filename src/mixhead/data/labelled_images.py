@@ -313,7 +313,7 @@ def emoji(folder: Path, split: Split) -> FolderImages:
             for variant in (entry, *entry.get("skin_variations", {}).values())
             if entry["category"] != "Component" and variant["has_img_google"]  # components are pieces of emoji
         ]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MixheadError(f"{folder} is no package of emoji ({error}): fetch it again.") from error
     classes = tuple(sorted({category for category, _ in found}))
     labels = np.array([classes.index(category) for category, _ in found])

@@ -22,6 +22,7 @@ from torch import Tensor
 from mixhead.data.noised_images import PixelInputs, to_signed
 from mixhead.errors import MixheadError
 from mixhead.files import changes_since_begun, write_folder
+from mixhead.shards import check_indexes
 
 SHARD = 4096  # images
 BATCH = 8
@@ -87,6 +88,7 @@ def load_vae(folder: Path) -> Any:
 
     if not (folder / "config.json").is_file():
         raise MixheadError(f"{folder} is no folder of a VAE (AutoencoderKL of diffusers): it has no config.json.")
+    check_indexes(folder)
     try:
         vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -71,7 +71,7 @@ def load_vocabulary(folder: str | Path) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MixheadError(f"The vocabulary in {folder} cannot be read ({error}).") from error
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise MixheadError(f"The vocabulary in {folder} has no padding token or no end token.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError, first_line
+from mixhead.files import read_json
 from mixhead.interop.dit import swap_stem
 from mixhead.interop.weights import check_fit
 from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig
 from mixhead.models.moh_dit.modeling import position_embedding
+from mixhead.shards import check_indexes
 
 # Older folders name the class of which DiTTransformer2DModel was a part then.
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
@@ -47,10 +48,10 @@ def is_diffusers_dit(path: str | os.PathLike[str]) -> bool:
 def class_name(folder: Path) -> str | None:
     """What a folder of diffusers says that it holds; None where it is no such folder."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        name = read_json(folder / "config.json").get("_class_name")
+    except MixheadError:
         return None
-    return config.get("_class_name") if isinstance(config, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def transformer_folder(path: str | os.PathLike[str]) -> Path:
@@ -80,6 +81,7 @@ def load_diffusers_dit(path: str | os.PathLike[str], dtype: torch.dtype | None =
             "Reading a folder of diffusers needs that package, which is not installed: pip install "
             "'mixhead[diffusion]'."
         ) from error
+    check_indexes(folder)
     try:
         model = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     except MemoryError:

@@ -6,18 +6,18 @@ code that routes: a loader that ignores that code runs all heads and says nothin
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from mixhead.errors import MixheadError, first_line, listed
+from mixhead.files import read_json
 from mixhead.interop.llama import BUFFER, LlamaFilling
 from mixhead.interop.safe_load import load_pickle_weights
+from mixhead.shards import read_index
 
 REMOTE_CODE = "modeling_llama"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -39,13 +39,13 @@ def is_published_moh_llama(folder: Folder) -> bool:
     Reads the configuration and, where it was downloaded, looks into the text of the remote code; never executes it.
     """
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = read_json(Path(folder) / "config.json")
         code = str(config["auto_map"]["AutoModelForCausalLM"]).rpartition("--")[2]
         if config["model_type"] != "llama" or code != f"{REMOTE_CODE}.LlamaForCausalLM":
             return False
         source = Path(folder) / f"{REMOTE_CODE}.py"
         return not source.exists() or "routed_head" in source.read_text(encoding="utf-8", errors="replace")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, MixheadError, KeyError, TypeError):
         return False
 
 
@@ -129,7 +129,7 @@ def plan_shards(root: Path) -> Plan:
     incomplete = None
     for index in INDEX_FILES:
         if (root / index).exists():
-            plan = read_index(root, index)
+            plan = by_file(root / index)
             missing = sorted(file for file in plan if not (root / file).is_file())
             if not missing:
                 return plan
@@ -142,37 +142,13 @@ def plan_shards(root: Path) -> Plan:
     raise MixheadError(f"{root} holds no weights: there is none of {', '.join((*INDEX_FILES, *SINGLE_FILES))}.")
 
 
-def read_index(root: Path, index: str) -> Plan:
-    """The index of a sharded checkpoint, by file; nothing outside the folder may be named."""
-    weight_map = read_json(root / index).get("weight_map")
-    if not isinstance(weight_map, Mapping) or not weight_map:
-        raise MixheadError(f"{root / index} has no weight_map, so it does not say which file holds which weight.")
-    by_file: dict[str, list[str]] = {}
-    for name, file in weight_map.items():
-        # Only the name is judged, not where it leads: in the cache of the hub every file is a link.
-        if not isinstance(file, str) or file in ("", ".", "..") or any(sign in file for sign in "/\\:\0"):
-            raise MixheadError(
-                f"{root / index} looks for {name} in {file!r}, which is no plain file name: nothing outside the "
-                "folder is read."
-            )
+def by_file(index: Path) -> Plan:
+    """The index of a sharded checkpoint, by file."""
+    plan: dict[str, list[str]] = {}
+    for name, file in read_index(index).items():
         if not BUFFER.search(name):
-            by_file.setdefault(file, []).append(name)
-    return {file: by_file[file] for file in sorted(by_file)}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MixheadError(f"There is no file {file}.") from None
-    except OSError as error:
-        raise MixheadError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise MixheadError(f"{file} is truncated or no JSON ({first_line(error)}).") from error
-    if not isinstance(content, dict):
-        raise MixheadError(f"{file} must hold a JSON object, but it holds a {type(content).__name__}.")
-    return content
+            plan.setdefault(file, []).append(name)
+    return {file: plan[file] for file in sorted(plan)}
 
 
 def read_generation_config(file: Path) -> GenerationConfig:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +17,7 @@ from mixhead.errors import MixheadError
 from mixhead.models.moa import MoAConfig, MoAEncoderConfig, MoATransformerConfig
 from mixhead.models.moa.modeling import MoAPreTrainedModel, step_share
 from mixhead.settings import Count, Positive, Share, Source
-from mixhead.training.checkpoints import checkpoints
+from mixhead.training.checkpoints import check, checkpoints, read_weights
 from mixhead.training.config import RunConfig, Schedule
 from mixhead.training.health import HEALTH
 from mixhead.training.optimizer import Group
@@ -113,13 +112,14 @@ def load_average(model: nn.Module, folders: list[Path]) -> None:
     """Loads the mean of the weights of several checkpoints.
 
     Raises:
-        MixheadError: where there is none.
+        MixheadError: where there is none, or one is damaged.
     """
     if not folders:
         raise MixheadError("There is no checkpoint to average.")
     total: dict[str, Tensor] = {}
     for folder in folders:
-        for name, tensor in load_file(folder / "model.safetensors").items():
+        check(folder)
+        for name, tensor in read_weights(folder).items():
             total[name] = tensor.double() / len(folders) + total.get(name, 0.0)
     model.load_state_dict(total, strict=False)  # tied weights are stored once
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +18,13 @@ import yaml
 from accelerate.utils import broadcast_object_list
 
 from mixhead.errors import MixheadError
-from mixhead.files import remove_partial, write_text
+from mixhead.files import read_json, remove_partial, write_text
 from mixhead.precision import takes_bfloat16
-from mixhead.training.checkpoints import checkpoints, step_of
+from mixhead.training.checkpoints import check, checkpoints, step_of
 from mixhead.training.config import RunConfig
 from mixhead.training.former import former_manifest, read_former
-from mixhead.training.recipes import settings_from
+from mixhead.training.lock import only_run_in
+from mixhead.training.recipes import parse_yaml, settings_from
 from mixhead.training.trainer import RunTrainer
 
 MANIFEST, FINGERPRINT = "recipe.yaml", "fingerprint.json"
@@ -31,8 +33,11 @@ HARMLESS = ("save_every", "keep_checkpoints", "dataloader_workers", "versions")
 HEADER = "# A run of mixhead with all its settings: `mixhead train THIS_FILE` makes it again.\n"
 
 
-def open_run(trainer: RunTrainer[Any], task: str, resume: bool) -> int:
-    """Begins the folder of a run, or finds the steps that are done in it; decides in which precision it computes.
+@contextmanager
+def opened_run(trainer: RunTrainer[Any], task: str, resume: bool) -> Iterator[int]:
+    """Begins the folder of a run, or finds the steps that are done in it; no other run may use it within the block.
+
+    Decides in which precision the run computes.
 
     Args:
         trainer: whose `run_folder` it is.
@@ -40,20 +45,31 @@ def open_run(trainer: RunTrainer[Any], task: str, resume: bool) -> int:
         resume: whether a run that exists may be continued; its settings must be the same.
 
     Raises:
-        MixheadError: where the folder holds a run that shall not or cannot be continued, or cannot be written to.
+        MixheadError: where the folder holds a run that shall not or cannot be continued, is in use by another one, or
+            cannot be written to.
     """
     answer: list[Any] = [None]
-    if trainer.accelerator.is_main_process:  # one process decides for all: what they measure may differ
-        try:
-            answer = [_begin(trainer, task, resume)]
-        except (MixheadError, OSError) as error:
-            answer = [str(error)]
-    [decided] = broadcast_object_list(answer)
-    if isinstance(decided, str):
-        raise MixheadError(decided)
-    trainer.bfloat16 = decided
-    complete = checkpoints(trainer.run_folder)
-    return step_of(complete[-1]) if complete else 0
+    with ExitStack() as held:
+        if trainer.accelerator.is_main_process:  # one process decides for all: what they measure may differ
+            try:
+                held.enter_context(only_run_in(trainer.run_folder))
+                answer = [(_begin(trainer, task, resume), _steps_done(trainer.run_folder))]
+            except (MixheadError, OSError) as error:
+                answer = [str(error)]
+        [decided] = broadcast_object_list(answer)
+        if isinstance(decided, str):
+            raise MixheadError(decided)
+        trainer.bfloat16, done = decided
+        yield done
+
+
+def _steps_done(run: Path) -> int:
+    """The steps before the newest checkpoint, whose files are compared with their check sums; 0 where there is none."""
+    complete = checkpoints(run)
+    if not complete:
+        return 0
+    check(complete[-1])
+    return step_of(complete[-1])
 
 
 def _begin(trainer: RunTrainer[Any], task: str, resume: bool) -> bool:
@@ -81,7 +97,6 @@ def _begin(trainer: RunTrainer[Any], task: str, resume: bool) -> bool:
             )
     versions = {name: version(name) for name in ("torch", "transformers")}
     try:
-        run.mkdir(parents=True, exist_ok=True)
         remove_partial(run)
         recipe = yaml.safe_dump({"task": task, **settings}, sort_keys=False, allow_unicode=True)
         write_text(run / FINGERPRINT, json.dumps({**fingerprint, "versions": versions}, indent=2) + "\n")
@@ -99,12 +114,12 @@ def _asked_before(run: Path, task: str, kind: type[RunConfig]) -> dict[str, Any]
         return {}
     try:
         if former is None:
-            values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+            values = dict(parse_yaml(path.read_text(encoding="utf-8")))
             trained = values.pop("task")
-            fingerprint = dict(json.loads((run / FINGERPRINT).read_text(encoding="utf-8")))
+            fingerprint = read_json(run / FINGERPRINT)
         else:
             trained, values, fingerprint = read_former(former, kind)
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise MixheadError(f"{former or path} cannot be read ({error}): give another folder for a new run.") from error
     if trained != task:
         raise MixheadError(f"{run} holds a run of another task, {trained}: give another folder.")

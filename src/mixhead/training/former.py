@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mixhead.errors import MixheadError
+from mixhead.files import read_json
 
 MANIFESTS = ("recipe.json", "run.json", "tune.json")
 # What was computed in where `bf16` was not given.
@@ -70,9 +70,9 @@ def read_former(manifest: Path, defaults: type) -> tuple[str, dict[str, Any], di
     """Task of a run of an earlier version, its settings under the keys of today, the fingerprint of what it trained.
 
     Raises:
-        OSError, ValueError, TypeError: where the file cannot be read.
+        MixheadError, TypeError, AttributeError: where the file cannot be read.
     """
-    found = dict(json.loads(manifest.read_text(encoding="utf-8")))
+    found = read_json(manifest)
     fingerprint = {"processes": found.pop("processes", 1)}
     decided = found.pop("bf16", None)
     if "config" in found:  # of `tune`: all settings, and what the model and the windows are

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mixhead.errors import MixheadError, first_line
 from mixhead.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -32,7 +36,7 @@ class StepLog:
         writer.writeheader()
         writer.writerows(rows)
         write_text(path, text.getvalue())
-        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        self.seconds = _seconds(rows[-1]) if rows else 0.0
         self._columns = columns
         self._file = path.open("a", encoding="utf-8", newline="")
         self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
@@ -48,27 +52,45 @@ class StepLog:
                     self._board.add_scalar(f"train/{name}", value, row["step"])
 
     def close(self) -> None:
-        """Closes the files."""
-        self._file.close()
+        """Closes the files; a full disk has been told by then."""
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a log; a last line that a killed process left half-written is no row."""
+    """The complete rows of a log; a last line that a killed process left half-written is no row.
+
+    Raises:
+        MixheadError: where the file is no log.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    reader = csv.DictReader(lines)
-    return [row for row in reader if row.get("step", "").isdigit() and None not in row.values()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+        rows = [*csv.DictReader(lines)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MixheadError(
+            f"{path} cannot be read as a log ({first_line(error)}): move it away, and the run goes on with a new one."
+        ) from error
+    return [row for row in rows if re.fullmatch("[0-9]+", row.get("step") or "") and None not in row.values()]
 
 
 def last_tenth(path: Path) -> list[dict[str, str]]:
     """The rows of the last tenth of a log's steps, at least one."""
     rows = read_rows(path)
     return rows[-max(len(rows) // 10, 1) :]
+
+
+def _seconds(row: Mapping[str, str]) -> float:
+    try:
+        return float(row["seconds"])
+    except (KeyError, ValueError):
+        return 0.0
 
 
 def _number(value: float | int | None) -> str | int:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, first_line
 from mixhead.settings import sentence
 
 SUFFIX = ".yaml"
@@ -80,7 +80,7 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = recipe_file(name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MixheadError(f"The recipe {path} is no YAML: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("task"), str):
@@ -89,6 +89,18 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         _replace(values, override)
     task = values.pop("task")
     return Recipe(name=path.stem, task=task, values=values)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a text in YAML says.
+
+    Raises:
+        yaml.YAMLError: where it is none, also where a date does not exist or lists are nested beyond all measure.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(first_line(error)) from error
 
 
 def settings_from(cls: type[Settings], values: Mapping[str, Any], where: str = "") -> Settings:
@@ -127,7 +139,7 @@ def _replace(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise MixheadError(f"`{override}`: {part} is a value of the recipe and has no keys of its own.")
     try:
-        values[last] = yaml.safe_load(text)
+        values[last] = parse_yaml(text)
     except yaml.YAMLError as error:
         raise MixheadError(f"`{override}`: the value is no YAML ({error}).") from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ from transformers.utils import logging as hf_logging
 from mixhead.errors import MixheadError
 from mixhead.files import WRITE_ERRORS, write_folder
 from mixhead.training.checkpoints import checkpoints
-from mixhead.training.folder import MANIFEST, open_run
+from mixhead.training.folder import MANIFEST, opened_run
 from mixhead.training.progress import ProgressBar, StepLog
+from mixhead.training.signals import signals_ask
 from mixhead.training.trainer import Config, RunTrainer
 
 logger = logging.getLogger(__name__)
@@ -97,14 +97,15 @@ def train(
         MixheadError: where the folder cannot be used, the loss becomes NaN, or the disk is full. The checkpoints that
             were complete stay.
         KeyboardInterrupt: after Ctrl-C, when the running step has ended and a checkpoint is written.
+        SystemExit: with code 143, after SIGTERM, likewise.
     """
-    done = open_run(trainer, task, resume)
-    seconds = run_training(trainer, done, title, progress)
-    folder = save_model(trainer)
-    metrics: dict[str, float | int | str] = {}
-    if measure is not None and trainer.accelerator.is_main_process:
-        metrics = {"training seconds": round(seconds, 1), **measure(trainer, folder)}
-    trainer.accelerator.wait_for_everyone()
+    with opened_run(trainer, task, resume) as done:
+        seconds = run_training(trainer, done, title, progress)
+        folder = save_model(trainer)
+        metrics: dict[str, float | int | str] = {}
+        if measure is not None and trainer.accelerator.is_main_process:
+            metrics = {"training seconds": round(seconds, 1), **measure(trainer, folder)}
+        trainer.accelerator.wait_for_everyone()
     return TrainingResult(folder, metrics, seconds, done)
 
 
@@ -130,30 +131,40 @@ def run_training(trainer: RunTrainer[Any], done: int, title: str = "Training", p
     Raises:
         MixheadError: where the loss becomes NaN or the disk is full. The checkpoints that were complete stay.
         KeyboardInterrupt: after Ctrl-C, when the running step has ended and a checkpoint is written.
+        SystemExit: with code 143, after SIGTERM, likewise.
     """
     run, main = trainer.run_folder, trainer.accelerator.is_main_process
     checkpoint = str(checkpoints(run)[-1]) if done else None
     steps = trainer.args.max_steps
-    log = StepLog(run / LOG, log_columns(trainer), done) if main else None
+    log: StepLog | None = None
     try:
+        log = StepLog(run / LOG, log_columns(trainer), done) if main else None
         with (
             _no_bars_of_transformers(),
             ProgressBar(title, steps, done, trainer.unit, progress and main) as bar,
-            _ctrl_c_asks(trainer),
+            signals_ask(trainer),
         ):
             report = StepReport(trainer, log, bar)
             trainer.add_callback(report)
             trainer.train(resume_from_checkpoint=checkpoint)
     except OSError as error:
-        raise MixheadError(f"The run cannot be written to ({error}). {trainer.where_to_resume()}") from error
+        raise MixheadError(f"The run stopped, since {_of_the_system(error)}. {trainer.where_to_resume()}") from error
     finally:
         if log is not None:
             log.close()
     if trainer.state.global_step < steps:
         sentence = f"{title} was stopped after step {trainer.state.global_step} of {steps}. {trainer.where_to_resume()}"
         logger.warning(sentence)
+        if trainer.signal_of_all() == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)  # as of a process that the signal ended, which schedulers know
         raise KeyboardInterrupt(sentence)
     return report.seconds
+
+
+def _of_the_system(error: OSError) -> str:
+    """An error of the operating system as the end of a sentence."""
+    place = f" ({error.filename})" if error.filename else ""
+    return f"the operating system says: {error.strerror or error}{place}"
 
 
 class StepReport(TrainerCallback):
@@ -221,24 +232,3 @@ def _no_bars_of_transformers() -> Iterator[None]:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
-
-
-@contextmanager
-def _ctrl_c_asks(trainer: RunTrainer[Any]) -> Iterator[None]:
-    """The first Ctrl-C ends the run after the step, with a checkpoint; the second one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: Any) -> None:
-        del number, frame
-        trainer.interrupted = True
-        signal.signal(signal.SIGINT, before)
-        logger.warning("Stopping after this step, with a checkpoint; press Ctrl-C again to stop at once.")
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -9,28 +9,29 @@ that is no number stops it before the weights change.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, first_line
 from mixhead.files import WRITE_ERRORS, remove, write_folder
 from mixhead.routing import Routing, mean_balance_loss
-from mixhead.training.checkpoints import PREFIX, checkpoints, damaged, load_weights, step_of
+from mixhead.training.checkpoints import PREFIX, checkpoints, damaged, load_weights, step_of, write_sums
 from mixhead.training.config import RunConfig
 from mixhead.training.health import HEALTH, layer_columns, routing_health
 from mixhead.training.optimizer import Group, adamw, schedule
+from mixhead.training.signals import leave_signals
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -135,7 +136,7 @@ class RunTrainer(Trainer, Generic[Config]):
         units_per_step: how many of them one optimizer step of all processes reads.
         adam: settings of AdamW that differ from PyTorch's.
         router_factor: the routers' learning rate as a multiple of all others'.
-        bfloat16: whether losses are computed under autocast to bfloat16; `open_run` decides it.
+        bfloat16: whether losses are computed under autocast to bfloat16; `opened_run` decides it.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -168,6 +169,7 @@ class RunTrainer(Trainer, Generic[Config]):
         self.bfloat16 = False
         self.gradient_norm: float | None = None
         self.interrupted = False  # this process was asked to stop
+        self.signal = 0  # by which signal
         self.stopping = False  # all processes agreed to stop after this step
         # With the entropy of every layer that routes, which the class cannot know.
         self.layer_columns = layer_columns(self.model)
@@ -251,6 +253,10 @@ class RunTrainer(Trainer, Generic[Config]):
         [factor, *_], step = self.lr_scheduler.lr_lambdas, self.lr_scheduler.last_epoch
         return {**noted, "learning_rate": self.config.learning_rate * factor(step)}
 
+    def signal_of_all(self) -> int:
+        """The signal that stopped any process: SIGTERM, the larger number, counts before Ctrl-C."""
+        return int(self.accelerator.gather(torch.tensor([self.signal], device=self.args.device)).max())
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, see `adamw`."""
         if self.optimizer is None:
@@ -265,6 +271,14 @@ class RunTrainer(Trainer, Generic[Config]):
             self.lr_scheduler = schedule(optimizer, self.config, num_training_steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Processes that read data leave signals to the one that trains: terminals and schedulers send them to all."""
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_num_workers:
+            inner = getattr(loader, "base_dataloader", loader)  # in that of accelerate
+            inner.worker_init_fn = partial(leave_signals, inner.worker_init_fn)
+        return loader
 
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
@@ -295,7 +309,7 @@ class RunTrainer(Trainer, Generic[Config]):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (partial / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-                write_folder(self.run_folder / name, lambda folder: _move_files(partial / name, folder))
+                write_folder(self.run_folder / name, lambda folder: _move_and_list(partial / name, folder))
                 for old in checkpoints(self.run_folder)[: -self.config.keep_checkpoints]:
                     remove(old)
         except WRITE_ERRORS as error:
@@ -320,10 +334,6 @@ class RunTrainer(Trainer, Generic[Config]):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Safetensors only. The stock method would also read the configuration, which converted models guard."""
         checkpoint = Path(resume_from_checkpoint)
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise damaged(checkpoint, error) from error
         if isinstance(self.model, PreTrainedModel):
             load_weights(self.model, checkpoint)
             return
@@ -336,8 +346,6 @@ class RunTrainer(Trainer, Generic[Config]):
         if checkpoint is None:
             return
         try:
-            for name in ("optimizer.pt", "scheduler.pt"):
-                (Path(checkpoint) / name).stat()  # the stock method starts afresh without them
             super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:  # a damaged file surfaces as whatever its reader trips over
             if "optimizer's group" in str(error) or "parameter groups" in str(error):
@@ -345,9 +353,22 @@ class RunTrainer(Trainer, Generic[Config]):
                     f"The checkpoint {checkpoint} is of an earlier version, whose optimizer grouped the weights in "
                     "another way: finish the run with that version, or begin it again in another folder."
                 ) from error
-            raise damaged(Path(checkpoint), f"{type(error).__name__}: {error}") from error
+            raise damaged(Path(checkpoint), first_line(error)) from error
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Without its random state a run would take another course; the stock method would not say so."""
+        if checkpoint is None:
+            return
+        processes, number = self.args.world_size, self.args.process_index
+        name = "rng_state.pth" if processes == 1 else f"rng_state_{number}.pth"
+        try:
+            (Path(checkpoint) / name).stat()
+            super()._load_rng_state(checkpoint)
+        except Exception as error:  # as above
+            raise damaged(Path(checkpoint), f"{name}: {first_line(error)}") from error
 
 
-def _move_files(source: Path, target: Path) -> None:
+def _move_and_list(source: Path, target: Path) -> None:
     for path in source.iterdir():
         path.rename(target / path.name)
+    write_sums(target)

@@ -20,7 +20,7 @@ from mixhead.routing import OneStageRouter
 from mixhead.tasks.image_classification.config import ImageTrainConfig
 from mixhead.tasks.image_classification.distiller import normed_distance
 from mixhead.tasks.image_classification.train import build, starting_model
-from mixhead.tasks.image_classification.trainer import ImageTrainer, image_side
+from mixhead.tasks.image_classification.trainer import Evaluations, ImageTrainer, image_side
 from mixhead.tasks.registry import settings_of, train_recipe
 from mixhead.training.optimizer import timm_cosine
 from mixhead.training.recipes import Recipe, read_recipe, shipped_recipes
@@ -109,6 +109,24 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(data: Path, trained: Path, 
         train_recipe(recipe(data), tmp_path / "run")
     with pytest.raises(MixheadError, match=r"epochs was 2\.0 and is 3\.0"):
         train_recipe(recipe(data, epochs=3), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_run_killed_between_a_checkpoint_and_its_measurement_loses_no_row(data, trained, tmp_path, monkeypatch, step):
+    measure = Evaluations.measure
+
+    def killed(self, at):
+        if at == step:
+            raise RuntimeError("killed")
+        measure(self, at)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluations, "measure", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train_recipe(recipe(data), tmp_path / "run")
+    assert train_recipe(recipe(data), tmp_path / "run", resume=True).resumed_from == step
+    assert losses(tmp_path / "run") == losses(trained)
+    assert (tmp_path / "run" / "evaluations.csv").read_text() == (trained / "evaluations.csv").read_text()
 
 
 def test_micro_batches_add_up_to_the_batch(data: Path, tmp_path: Path):

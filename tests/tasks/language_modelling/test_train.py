@@ -26,6 +26,7 @@ from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.tasks.language_modelling import trainer
 from mixhead.tasks.language_modelling.train import tune
 from mixhead.training import checkpoints
+from mixhead.training.lock import only_run_in
 from mixhead.training.progress import StepLog, read_rows
 
 
@@ -196,6 +197,11 @@ def test_a_run_is_not_overwritten_or_continued_as_another(whole_run):
         tune(converted(), windows(), replace(SMALL, learning_rate=2e-2), folder, resume=True, progress=False)
     with pytest.raises(MixheadError, match="windows_sha256"):
         tune(converted(), windows(seed=9), SMALL, folder, resume=True, progress=False)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    with only_run_in(tmp_path / "run"), pytest.raises(MixheadError, match="is in use by another run"):
+        tune(converted(), windows(), SMALL, tmp_path / "run", resume=True, progress=False)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])

@@ -18,6 +18,7 @@ from mixhead.errors import MixheadError, first_line
 from mixhead.models.moh_dit.configuration import MoHDiTConfig
 from mixhead.models.moh_dit.modeling import MoHDiT, rename_former_weights
 from mixhead.routing import Routing
+from mixhead.shards import check_indexes
 
 # Stands in the file as `norm_type`, which the DiT of diffusers reads first: it would otherwise build itself from the
 # fields that it knows, find none of its weights, and go on with random ones.
@@ -127,6 +128,7 @@ def load_dit(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> 
         folder = folder / "transformer"
     if not (folder / "config.json").is_file():
         raise MixheadError(f"{folder} is no folder of a diffusion model: config.json is missing.")
+    check_indexes(folder)
     try:
         model, info = MoHDiTTransformer2DModel.from_pretrained(
             folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True

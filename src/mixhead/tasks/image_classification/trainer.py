@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mixhead.data.image_batches import ImageOrder, MixingCollator, TrainTransform
@@ -107,7 +108,7 @@ class ImageTrainer(RunTrainer[ImageTrainConfig]):
 
 
 class Evaluations(TrainerCallback):
-    """Measures the model at checkpoints; every process looks at its part of the images.
+    """Measures the model at checkpoints, for `evaluations.csv`; every process looks at its part of the images.
 
     Args:
         trainer: whose model it is.
@@ -120,23 +121,35 @@ class Evaluations(TrainerCallback):
         self.images = part(images, accelerator.process_index, accelerator.num_processes)
         # In units of checkpoints: they are whole numbers of steps, epochs are not.
         self.every = round(trainer.config.evaluate_every / trainer.config.save_every)
+        self.file = trainer.run_folder / "evaluations.csv"
 
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adds a row to `evaluations.csv`, behind those of earlier steps."""
-        if state.global_step % (self.every * args.save_steps):
-            return
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measures."""
+        if state.global_step % (self.every * args.save_steps) == 0:
+            self.measure(state.global_step)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Adds the row of the checkpoint that a run goes on from, where it was stopped before it had added that."""
+        step = state.global_step
+        known: list[bool | None] = [None]
+        if self.trainer.accelerator.is_main_process:
+            known = [step in {int(row["step"]) for row in read_rows(self.file)}]
+        if step and step % (self.every * args.save_steps) == 0 and broadcast_object_list(known) == [False]:
+            self.measure(step)
+
+    def measure(self, step: int) -> None:
+        """Adds the row of that step, behind those of earlier ones."""
         trainer = self.trainer
         autocast = torch.bfloat16 if trainer.bfloat16 else None
         result = evaluate_images(trainer.base_model, trainer.processor, self.images, 256, autocast=autocast)
         right = int(result.confusion_CL.diagonal().sum())
-        counts = torch.tensor([result.images, right, result.top5], dtype=torch.float64, device=args.device)
+        counts = torch.tensor([result.images, right, result.top5], dtype=torch.float64, device=trainer.args.device)
         total, right, top5 = trainer.accelerator.reduce(counts, "sum").tolist()
         if trainer.accelerator.is_main_process:
-            path = trainer.run_folder / "evaluations.csv"
-            rows = [row for row in read_rows(path) if int(row["step"]) < state.global_step]
-            row = {"step": state.global_step, "images": int(total), "top1": right / total, "top5": top5 / total}
+            rows = [row for row in read_rows(self.file) if int(row["step"]) < step]
+            row = {"step": step, "images": int(total), "top1": right / total, "top5": top5 / total}
             lines = [",".join(str(value) for value in r.values()) for r in (*rows, row)]
-            write_text(path, "\n".join([",".join(row), *lines]) + "\n")
+            write_text(self.file, "\n".join([",".join(row), *lines]) + "\n")
 
 
 def sharding(model: PreTrainedModel) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers import set_seed
 from mixhead.data.labelled_images import NAMED, open_images
 from mixhead.data.noised_images import PixelInputs, pixel_inputs
 from mixhead.errors import MixheadError
-from mixhead.files import write_text
+from mixhead.files import read_json, write_text
 from mixhead.settings import Count, Positive, Share, Source
 from mixhead.training.config import Precision, RunConfig, Schedule
 from mixhead.training.recipes import settings_from
@@ -82,7 +82,7 @@ class SmallClassifier(nn.Module):
     def load(cls, folder: Path) -> SmallClassifier:
         """Reads what `save` wrote."""
         try:
-            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            values = read_json(folder / "config.json")
             model = cls(settings_from(SmallClassifierConfig, values))
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, ValueError, SafetensorError, RuntimeError) as error:

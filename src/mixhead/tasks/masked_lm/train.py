@@ -27,6 +27,7 @@ from mixhead.errors import MixheadError, first_line
 from mixhead.models.moa import MoAEncoderConfig, MoAForMaskedLM
 from mixhead.models.moa.modeling import IGNORED
 from mixhead.settings import Count, Source
+from mixhead.shards import check_indexes
 from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer, model_config
 from mixhead.training.run import Metrics
 
@@ -172,9 +173,10 @@ def load_masked_lm(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedToken
     tokenizer = load_vocabulary(folder)
     if tokenizer.mask_token_id is None:
         raise MixheadError(f"The vocabulary in {folder} has no mask, so its model cannot fill gaps.")
+    check_indexes(Path(folder))
     try:
         model = AutoModelForMaskedLM.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise MixheadError(
             f"The model in {folder} cannot be read as a masked language model ({first_line(error)})."
         ) from error

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, Pre
 from mixhead.data.vocabulary import bytes_per_token, check_vocabulary, load_vocabulary
 from mixhead.errors import MixheadError, first_line
 from mixhead.modes import autocast_to
+from mixhead.shards import check_indexes
 from mixhead.tasks.translation.config import TranslateConfig
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,12 @@ def load_translator(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
         MixheadError: where the folder holds none, or the two do not belong together.
     """
     tokenizer = load_vocabulary(folder)
+    check_indexes(Path(folder))
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         translates = config.is_encoder_decoder
         model = AutoModelForSeq2SeqLM.from_pretrained(str(folder), local_files_only=True) if translates else None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise MixheadError(f"The model in {folder} cannot be read ({first_line(error)}).") from error
     if model is None:
         raise MixheadError(f"The model in {folder} ({config.model_type}) cannot translate: it is no encoder-decoder.")
