@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import AttentionSite
 from mixhead.modes import autocast_to, evaluation_mode
 from mixhead.routing import LayerHeads, grouped_top_k_mask
+
+logger = logging.getLogger(__name__)
 
 Batch = Tensor | Mapping[str, Any]
 OnProgress = Callable[[int, int], None]
@@ -45,7 +48,8 @@ class CalibrationConfig:
         probe_sequences: sequences for the sensitivity of each layer (one forward pass per layer), off the last batch.
         ridge: strength of the regression's ridge, relative to the mean square of the hidden states.
         refit_output: whether the output projections are fitted to the heads that are left (least squares, towards what
-            all heads gave). This changes weights of the original model; False keeps every one of them.
+            all heads gave). This changes weights of the original model; False keeps every one of them, and so do layers
+            that are quantised, adapted or offloaded.
         output_ridge: strength of the ridge that holds them near the original ones, relative to the mean square of the
             heads' outputs.
         autocast: dtype of the forward passes, for example torch.bfloat16; None computes in the model's own.
@@ -174,10 +178,7 @@ class Calibration:
         self.batches = batches
         self.model, self.sites, self.heads, self.groups = subject.model, subject.sites, subject.heads, subject.groups
         self.pilots = self.batches[: config.pilot_batches]
-        self.probe_batch = {
-            name: value[: config.probe_sequences] if isinstance(value, Tensor) and value.dim() else value
-            for name, value in self.batches[-1].items()
-        }
+        self.probe_batch = first_samples(self.batches[-1], config.probe_sequences)
         skips = not all(heads.is_dense for heads in self.heads)
         self.by_sensitivity = skips and config.budget == "sensitivity"  # layers may get different numbers of heads
         self.refits = skips and config.refit_output
@@ -196,7 +197,7 @@ class Calibration:
 
     def run(self) -> CalibrationReport:
         """All steps."""
-        autocast = autocast_to(self.config.autocast, device_of(self.model))
+        autocast = autocast_to(self.config.autocast, self.sites[0].device)
         with evaluation_mode(self.model), torch.no_grad(), autocast:
             fits = self.fit_scores(self.measure_means())
             shared = {site.name: self.choose_shared(i, fits[site.name]) for i, site in enumerate(self.sites)}
@@ -320,9 +321,16 @@ class Calibration:
 
     def refit_outputs(self) -> dict[str, float]:
         """Step 4; returns the share of the output's energy that is still lost, of every layer that routes."""
-        sums = OutputSums({site: self.subject.routing_of(site) for site in self.routed_sites()})
+        sites = [site for site in self.routed_sites() if site.has_plain_output]
+        if len(sites) < len(self.routed_sites()):
+            logger.warning(
+                "The output projections of %d layers are quantised, adapted, offloaded or wrapped: they stay as they "
+                "are.",
+                len(self.routed_sites()) - len(sites),
+            )
+        sums = OutputSums({site: self.subject.routing_of(site) for site in sites})
         self.observe(self.batches, sums)
-        return {site.name: sums.refit(site, self.config.output_ridge) for site in self.routed_sites()}
+        return {site.name: sums.refit(site, self.config.output_ridge) for site in sites}
 
     def routed_sites(self) -> list[AttentionSite]:
         """The modules at which tokens skip heads."""
@@ -341,8 +349,8 @@ class Calibration:
         return output
 
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch where the model's weights are."""
-        device = device_of(self.model)
+        """The batch where the model computes."""
+        device = self.sites[0].device
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def step(self) -> None:
@@ -361,9 +369,14 @@ class Calibration:
             )
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's weights are."""
-    return next(model.parameters()).device
+def first_samples(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The first samples of a batch; all of them where its tensors do not agree on their number (packed images)."""
+    sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()}
+    if len(sizes) != 1:
+        return dict(batch)
+    return {
+        name: value[:count] if isinstance(value, Tensor) and value.dim() else value for name, value in batch.items()
+    }
 
 
 def comparable_output(outputs: Any) -> tuple[str, Tensor]:

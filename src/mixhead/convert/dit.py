@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixhead.convert.config import MoHConfig
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import AttentionSite
+from mixhead.models.hugging_face import AttentionSite, place_of
 from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig
 from mixhead.nn import MixtureOfHeadAttention
 from mixhead.routing import LayerHeads, router_kind
@@ -48,7 +48,15 @@ def revert_dit(model: MoHDiT) -> MoHDiT:
 def dit_sites(model: MoHDiT) -> list[AttentionSite]:
     """The attention modules of a DiT."""
     return [
-        AttentionSite(name, module, model.config.hidden_size, module.num_heads, module.num_heads, module.o_proj)
+        AttentionSite(
+            name,
+            module,
+            model.config.hidden_size,
+            module.num_heads,
+            module.num_heads,
+            module.o_proj,
+            *place_of(module.o_proj, model),
+        )
         for name, module in model.named_attention()
     ]
 

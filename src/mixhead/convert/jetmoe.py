@@ -30,4 +30,6 @@ def convert_jetmoe(model: JetMoePreTrainedModel, config: MoHConfig | None) -> No
             f"{name} runs attn_implementation={model.config._attn_implementation!r}, whose masks mixhead does not "
             f"read: call set_attn_implementation with one of {', '.join(ATTENTION)} first."
         )
+    if any("forward" in vars(module) for module in model.modules()):
+        raise MixheadError(f"{name} is offloaded or wrapped: convert it first, and offload it then.")
     put_in_slots(model)

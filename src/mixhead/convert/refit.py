@@ -32,7 +32,8 @@ class OutputSums(Statistics):
     """
 
     def __init__(self, routing: Mapping[AttentionSite, RoutingParts]) -> None:
-        self.routing = {site.name: (site, parts) for site, parts in routing.items()}
+        self.routing = {site.name: parts for site, parts in routing.items()}
+        self.weights_YC = {site.name: site.output_weight_YC().detach().float() for site in routing}
         self.gram: dict[str, Tensor] = {}
         self.cross: dict[str, Tensor] = {}
         self.energy: dict[str, Tensor] = {}
@@ -41,11 +42,11 @@ class OutputSums(Statistics):
         """Adds the tokens to the normal equations."""
         if name not in self.routing:
             return
-        site, parts = self.routing[name]
+        parts = self.routing[name]
         selected_XH = parts.router(hidden_XC[None], None, None).selected_BNH[0]
         filled_XHD = torch.where(selected_XH.unsqueeze(-1), heads_XHD, parts.skipped_HD.float())
         inputs_XZ = torch.cat([filled_XHD.flatten(1), filled_XHD.new_ones(len(filled_XHD), 1)], 1)
-        output_XC = heads_XHD.flatten(1) @ site.output_weight_YC().float()
+        output_XC = heads_XHD.flatten(1) @ self.weights_YC[name]
         add_to(self.gram, name, inputs_XZ.T @ inputs_XZ)
         add_to(self.cross, name, inputs_XZ.T @ output_XC)
         add_to(self.energy, name, output_XC.square().sum())

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face import MoHModelMixin, moh_attention_forward
+from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.models.hugging_face.attention import is_causal_here
 
 
 class AttentionMaps:
-    """Stands in for the attention of a call: computes the weights of every module that routes, and then its output.
+    """Looks at the attention of a call: computes the weights of every module that routes.
 
     Attributes:
         maps: weights times gates, float32 [B, H, N, T] on the CPU, by the name of the module.
@@ -41,17 +41,14 @@ class AttentionMaps:
         is_causal: bool | None,
         hidden_BNC: Tensor,
         token_mask_BN: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `StandIn`."""
+    ) -> None:
+        """See `StandIn`: it only looks."""
         if module.moh_router is not None:
             routing = module.moh_router(hidden_BNC, q_BHND, token_mask_BN)
             causal = is_causal_here(module, q_BHND, attention_mask, is_causal)
             weights_BHNT = weights_of(q_BHND, k_BKTD, attention_mask, scaling, causal)
             gates_BHN1 = (routing.gates_BNH * routing.selected_BNH).transpose(1, 2).unsqueeze(-1)
             self.maps[module.moh_name] = (weights_BHNT * gates_BHN1).float().cpu()
-        return moh_attention_forward(
-            module, q_BHND, k_BKTD, v_BKTD, attention_mask, 0.0, scaling, is_causal, hidden_BNC
-        )
 
 
 def weights_of(q_BHND: Tensor, k_BKTD: Tensor, attn_mask: Tensor | None, scale: float | None, causal: bool) -> Tensor:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.jetmoe.modeling_jetmoe import (
     JetMoeAttention,
+    JetMoeMoA,
     JetMoeMoE,
+    JetMoeParallelExperts,
     JetMoePreTrainedModel,
     JetMoeTopKGating,
 )
@@ -50,6 +52,25 @@ class ChosenExperts(Router):
         return ExpertRouting.from_slots(*slots, LossWeights(), token_mask_BN)
 
 
+class SlotExperts(JetMoeParallelExperts):
+    """The weights of all experts, [E, out, in], times what stands in slots or goes into them."""
+
+    def forward(self, states: Tensor, expert_BNS: Tensor, gates_BNS: Tensor | None = None) -> Tensor:
+        """[B, N, in] to slots [B, N, S, out], and slots [B, N, S, in] to their sum [B, N, out] (times the gates)."""
+        if states.dim() == 3:
+            return project_to_slots(states, self.weight, expert_BNS)
+        return project_from_slots(states, self.weight.mT, expert_BNS, gates_BNS)
+
+
+class SlotHeads(JetMoeMoA):
+    """The output projection of the attention experts; the query projection, `input_linear`, is called by itself."""
+
+    def forward(self, out_BNSX: Tensor, expert_BNS: Tensor) -> Tensor:
+        """[B, N, S, X] to [B, N, C]."""
+        output_BNC: Tensor = self.output_linear(out_BNSX, expert_BNS) + self.bias
+        return output_BNC
+
+
 class SlotAttention(JetMoeAttention):
     """Attention of JetMoE: every expert has K query heads and an output projection, all share K key-value heads."""
 
@@ -68,7 +89,7 @@ class SlotAttention(JetMoeAttention):
         expert_BNS, gates_BNS, _, _, logits_RE = self.experts.router(hidden_states)
         by_head = (self.num_key_value_heads, self.head_dim)
 
-        q_BNSX = project_to_slots(hidden_states, self.experts.input_linear.weight, expert_BNS)
+        q_BNSX = self.experts.input_linear(hidden_states, expert_BNS)
         k_BNX, v_BNX = self.kv_proj(hidden_states).chunk(2, dim=-1)
         k_BKTD = rotate(k_BNX.unflatten(-1, by_head).transpose(1, 2), *(x.unsqueeze(1) for x in position_embeddings))
         v_BKTD = v_BNX.unflatten(-1, by_head).transpose(1, 2)
@@ -94,8 +115,7 @@ class SlotAttention(JetMoeAttention):
             position_embeddings=position_embeddings,
             dropout=self.attention_dropout if self.training else 0.0,
         )
-        output_BNC = project_from_slots(out_BNSX, self.experts.output_linear.weight.mT, expert_BNS)
-        return output_BNC + self.experts.bias, None, logits_RE
+        return self.experts(out_BNSX, expert_BNS), None, logits_RE
 
 
 class SlotFeedForward(JetMoeMoE):
@@ -104,14 +124,16 @@ class SlotFeedForward(JetMoeMoE):
     def forward(self, layer_input: Tensor) -> Tensor:
         """[B, N, C] to [B, N, C]."""
         expert_BNS, gates_BNS, *_ = self.router(layer_input)
-        gate_BNSI, up_BNSI = project_to_slots(layer_input, self.input_linear.weight, expert_BNS).chunk(2, -1)
+        gate_BNSI, up_BNSI = self.input_linear(layer_input, expert_BNS).chunk(2, -1)
         inner_BNSI = self.activation(gate_BNSI) * up_BNSI
-        output_BNC = project_from_slots(inner_BNSI, self.output_linear.weight.mT, expert_BNS, gates_BNS)
+        output_BNC = self.output_linear(inner_BNSI, expert_BNS, gates_BNS)
         return output_BNC + self.bias
 
 
 REPLACED: dict[type[nn.Module], type[nn.Module]] = {
     JetMoeTopKGating: SlotGating,
+    JetMoeParallelExperts: SlotExperts,
+    JetMoeMoA: SlotHeads,
     JetMoeAttention: SlotAttention,
     JetMoeMoE: SlotFeedForward,
 }

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
 from mixhead.ops import explain_projection, head_attention, project_from_heads, project_to_heads, weight_by_head
+from mixhead.ops.skipped import fill_skipped
 from mixhead.ops.stock import stock_attention
+from mixhead.plain import is_plain
 from mixhead.routing import Routing, router_kind
 
 
@@ -152,9 +154,7 @@ class MixtureOfHeadAttention(nn.Module):
             output_BNC = self._all_heads(q_BHND, k_BKTD, v_BKTD, causal, attn_mask)
         else:
             out_BHND = head_attention(q_BHND, k_BKTD, v_BKTD, routing, causal=causal, attn_mask=attn_mask, impl=impl)
-            output_BNC = project_output(self.o_proj, out_BHND, routing)
-            if self.skipped_HD is not None:
-                output_BNC = output_BNC + self._stand_in(routing, output_BNC)
+            output_BNC = self._project_output(out_BHND, routing)
         return (output_BNC, routing) if return_routing else output_BNC
 
     def _route(self, hidden_BNC: Tensor, token_mask_BN: Tensor | None) -> tuple[Routing | None, Tensor]:
@@ -176,6 +176,16 @@ class MixtureOfHeadAttention(nn.Module):
         )
         return self.o_proj(out_BHND.transpose(1, 2).flatten(2))
 
+    def _project_output(self, out_BHND: Tensor, routing: Routing) -> Tensor:
+        """The output projection of the selected heads, and of the constants of the others."""
+        if self.skipped_HD is None:
+            return project_output(self.o_proj, out_BHND, routing)
+        if is_plain(self.o_proj, nn.Linear):
+            output_BNC = project_output(self.o_proj, out_BHND, routing)
+            return output_BNC + self._stand_in(routing, output_BNC)
+        filled_BNHD = fill_skipped(out_BHND.transpose(1, 2), routing.selected_BNH, self.skipped_HD)
+        return self.o_proj(filled_BNHD.flatten(2))
+
     def _stand_in(self, routing: Routing, output_BNC: Tensor) -> Tensor:
         """What the constants of the skipped heads contribute to the output, [B, N, C]."""
         assert self.skipped_HD is not None
@@ -196,7 +206,7 @@ def check_states(name: str, states_BNC: Tensor, size: int) -> None:
 def project_queries(proj: nn.Linear, hidden_BNC: Tensor, routing: Routing) -> Tensor:
     """Queries [B, H, N, D] of the selected heads at least; `head_attention` reads no others."""
     heads = routing.selected_BNH.shape[-1]
-    if is_plain(proj):
+    if is_plain(proj, nn.Linear):
         weight_HDC = proj.weight.unflatten(0, (heads, -1))
         impl = explain_projection(hidden_BNC, weight_HDC, routing.selected_BNH).impl
         if impl != "dense":
@@ -207,16 +217,9 @@ def project_queries(proj: nn.Linear, hidden_BNC: Tensor, routing: Routing) -> Te
 
 def project_output(proj: nn.Linear, out_BHND: Tensor, routing: Routing) -> Tensor:
     """The output projection of heads that carry their gates, and are 0 where they are not selected."""
-    if is_plain(proj):
+    if is_plain(proj, nn.Linear):
         weight_HDC = weight_by_head(proj.weight, out_BHND.shape[1])
         impl = explain_projection(out_BHND, weight_HDC, routing.selected_BNH).impl
         if impl != "dense":
             return project_from_heads(out_BHND, weight_HDC, proj.bias, routing.selected_BNH, impl=impl)
     return proj(out_BHND.transpose(1, 2).flatten(2))
-
-
-def is_plain(proj: nn.Module) -> bool:
-    """Whether a projection is its weight and bias and nothing more: no adapter, no quantised layer, no hooks."""
-    return type(proj) is nn.Linear and not (
-        proj._forward_pre_hooks or proj._forward_hooks or proj._backward_pre_hooks or proj._backward_hooks
-    )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mixhead.errors import MixheadError
 from mixhead.routing.losses import cv_loss, switch_loss, z_loss
 from mixhead.routing.router import Router
-from mixhead.routing.routers import full_precision
+from mixhead.routing.scores import ScoreProjection, scores_of
 from mixhead.routing.value import Routing
 
 NORMALISATIONS = ("softmax", "renormalised", "top_k_softmax")
@@ -172,8 +172,8 @@ class ExpertRouter(Router):
         self.num_experts, self.top_k, self.sample_k = num_experts, top_k, sample_k
         self.normalisation = normalisation
         self.loss_weights = LossWeights() if loss_weights is None else loss_weights
-        self.gate_proj = nn.Linear(hidden_size, num_experts, bias=False)
-        self.noise_proj = nn.Linear(hidden_size, num_experts, bias=False) if noisy else None
+        self.gate_proj = ScoreProjection(hidden_size, num_experts, bias=False)
+        self.noise_proj = ScoreProjection(hidden_size, num_experts, bias=False) if noisy else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -185,9 +185,9 @@ class ExpertRouter(Router):
         self, hidden_BNC: Tensor, q_BHND: Tensor | None = None, token_mask_BN: Tensor | None = None
     ) -> ExpertRouting:
         del q_BHND
-        logits_BNE = full_precision(self.gate_proj, hidden_BNC)
+        logits_BNE = scores_of(self.gate_proj, hidden_BNC)
         if self.noise_proj is not None and self.training:
-            deviation_BNE = F.softplus(full_precision(self.noise_proj, hidden_BNC)) + NOISE_FLOOR
+            deviation_BNE = F.softplus(scores_of(self.noise_proj, hidden_BNC)) + NOISE_FLOOR
             logits_BNE = logits_BNE + torch.randn_like(logits_BNE) * deviation_BNE
         probs_BNE = logits_BNE.softmax(-1)
         expert_BNS = self._choose(logits_BNE, probs_BNE)

@@ -13,6 +13,9 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from mixhead.plain import is_plain
+from mixhead.routing.scores import ScoreProjection
+
 NAME = "mixhead::route_linear_cpu"
 torch.library.define(
     NAME,
@@ -37,10 +40,11 @@ def can_route(proj: nn.Linear, hidden_BNC: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and is_loaded()
         and not torch.is_grad_enabled()
-        and type(proj) is nn.Linear
+        and is_plain(proj, ScoreProjection)
         and type(hidden_BNC) is Tensor
         and hidden_BNC.is_cpu
         and type(weight := proj.weight) is nn.Parameter
+        and weight.is_cpu
         and weight.dtype == hidden_BNC.dtype
         and weight.dtype in DTYPES
         and torch._C._functorch.maybe_current_level() is None

@@ -14,12 +14,12 @@ that layers can be given by name stand in `kinds`.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
 from mixhead.routing.one_operator import ROUTE, can_route
 from mixhead.routing.router import Router
+from mixhead.routing.scores import ScoreProjection, scores_of
 from mixhead.routing.selection import grouped_top_k_mask, top_k_mask
 from mixhead.routing.value import Routing
 
@@ -53,9 +53,9 @@ class TwoStageRouter(Router):
             )
         self.num_heads, self.shared_heads, self.top_k = num_heads, shared_heads, top_k
         self.num_routed_heads = num_routed_heads
-        self.routed_proj = nn.Linear(hidden_size, num_routed_heads, bias=False) if top_k > 0 else None
-        self.shared_proj = nn.Linear(hidden_size, shared_heads, bias=False) if shared_heads > 1 else None
-        self.stage_proj = nn.Linear(hidden_size, 2, bias=False) if top_k > 0 and shared_heads > 0 else None
+        self.routed_proj = ScoreProjection(hidden_size, num_routed_heads, bias=False) if top_k > 0 else None
+        self.shared_proj = ScoreProjection(hidden_size, shared_heads, bias=False) if shared_heads > 1 else None
+        self.stage_proj = ScoreProjection(hidden_size, 2, bias=False) if top_k > 0 and shared_heads > 0 else None
 
     @property
     def active_heads(self) -> int:
@@ -72,12 +72,12 @@ class TwoStageRouter(Router):
         shared_BNS = self._shared_gates(hidden_BNC)
         if self.routed_proj is None:
             return Routing(shared_BNS, torch.ones_like(shared_BNS, dtype=torch.bool), token_mask_BN=token_mask_BN)
-        probs_BNE = full_precision(self.routed_proj, hidden_BNC).softmax(-1)
+        probs_BNE = scores_of(self.routed_proj, hidden_BNC).softmax(-1)
         selected_BNE = top_k_mask(probs_BNE, self.top_k)
         kept_BNE = probs_BNE * selected_BNE
         routed_BNE = self.top_k * kept_BNE / kept_BNE.sum(-1, keepdim=True).clamp(min=torch.finfo(kept_BNE.dtype).eps)
         if self.stage_proj is not None:
-            stage_BN2 = 2 * full_precision(self.stage_proj, hidden_BNC).softmax(-1)
+            stage_BN2 = 2 * scores_of(self.stage_proj, hidden_BNC).softmax(-1)
             shared_BNS = shared_BNS * stage_BN2[..., :1]
             routed_BNE = routed_BNE * stage_BN2[..., 1:]
         return Routing(
@@ -91,7 +91,7 @@ class TwoStageRouter(Router):
 
     def _shared_gates(self, hidden_BNC: Tensor) -> Tensor:
         if self.shared_proj is not None:
-            return self.shared_heads * full_precision(self.shared_proj, hidden_BNC).softmax(-1)
+            return self.shared_heads * scores_of(self.shared_proj, hidden_BNC).softmax(-1)
         dtype = torch.promote_types(hidden_BNC.dtype, torch.float32)
         return hidden_BNC.new_ones(*hidden_BNC.shape[:2], self.shared_heads, dtype=dtype)
 
@@ -219,7 +219,7 @@ class LinearRouter(BinaryRouter):
         self, hidden_size: int, num_heads: int, shared_heads: int, active_heads: int, num_groups: int = 1
     ) -> None:
         super().__init__(num_heads, shared_heads, active_heads, num_groups)
-        self.score_proj = nn.Linear(hidden_size, num_heads)
+        self.score_proj = ScoreProjection(hidden_size, num_heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -236,20 +236,7 @@ class LinearRouter(BinaryRouter):
                 hidden_BNC, proj.weight, proj.bias, self.shared_H, self.active_heads, self.num_groups
             )
             return self.routing(gates_BNH, selected_BNH, probs_BNH, token_mask_BN)
-        return self.route(full_precision(proj, hidden_BNC), token_mask_BN)
-
-
-def full_precision(proj: nn.Linear, hidden_BNC: Tensor) -> Tensor:
-    """`proj(hidden_BNC)`, at least in float32 whatever the dtype of the model or of autocast.
-
-    In half precision near-equal scores tie, and the choice would depend on how a text was cut into batches.
-    """
-    dtype = torch.promote_types(hidden_BNC.dtype, torch.float32)
-    if type(proj) is not nn.Linear:  # An adapter (LoRA) or a quantised layer: only it knows how it computes.
-        return proj(hidden_BNC).to(dtype)
-    with torch.autocast(hidden_BNC.device.type, enabled=False):
-        bias = None if proj.bias is None else proj.bias.to(dtype)
-        return F.linear(hidden_BNC.to(dtype), proj.weight.to(dtype), bias)
+        return self.route(scores_of(proj, hidden_BNC), token_mask_BN)
 
 
 def soft_selection(scores_BNH: Tensor, ranked_BNH: Tensor, k: int, num_groups: int = 1) -> Tensor:

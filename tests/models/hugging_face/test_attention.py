@@ -10,7 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mixhead
 from mixhead import MixheadError, MoHConfig
 from mixhead.models.hugging_face import RoutingTrace, moh_attention_forward
-from mixhead.models.hugging_face.attention import real_tokens_BN
+from mixhead.models.hugging_face.attention import UNSUPPORTED, real_tokens_BN
+from mixhead.models.hugging_face.call import ORDINARY, Call, running
+from mixhead.models.hugging_face.router_input import RouterInput
 from mixhead.recording.listen import keep_routing
 
 TRUE, FALSE = True, False
@@ -38,8 +40,11 @@ def states(queries=5, keys=5):
     return q, k, v, torch.randn(1, queries, 16, generator=generator)
 
 
-def attend(module, q, k, v, hidden, mask=None, **more):
-    return moh_attention_forward(module, q, k, v, mask, scaling=0.5, router_hidden_states=hidden, **more)[0]
+def attend(module, q, k, v, hidden, mask=None, call=ORDINARY, **more):
+    """As the module's own forward calls it."""
+    module.moh_input = RouterInput(hidden)
+    with running(call):
+        return moh_attention_forward(module, q, k, v, mask, scaling=0.5, **more)[0]
 
 
 def test_the_empty_places_of_a_static_cache_are_not_seen(attention):
@@ -72,16 +77,40 @@ def test_is_causal_of_the_call_wins_over_that_of_the_module(attention):
     torch.testing.assert_close(attend(attention, q, k, v, hidden, is_causal=False), expected)
 
 
-@pytest.mark.parametrize("argument", ["softcap", "position_bias", "s_aux", "cache"])
+@pytest.mark.parametrize("argument", sorted(UNSUPPORTED))
 def test_arguments_that_change_the_mathematics_are_refused_not_ignored(attention, argument):
     q, k, v, hidden = states()
     with pytest.raises(MixheadError, match=f"was called with {argument}, which mixture-of-head attention does not"):
         attend(attention, q, k, v, hidden, **{argument: torch.ones(())})
 
 
-def test_without_hidden_states_there_is_no_routing(attention):
-    with pytest.raises(MixheadError, match="hidden states did not reach its router"):
-        attend(attention, *states()[:3], None)
+def test_hidden_states_of_other_tokens_than_the_queries_are_refused(attention):
+    q, k, v, hidden = states()
+    with pytest.raises(MixheadError, match=r"its 1 x 5 queries are not those of its hidden states"):
+        attend(attention, q, k, v, hidden[:, 1:])
+
+
+def test_images_in_one_row_are_routed_one_after_the_other(attention):
+    """As in vision towers for images of any size: hidden states [X, C], and a call of the interface for each image."""
+    q, k, v, hidden = states()
+    whole = attend(attention, q, k, v, hidden, is_causal=False)
+    attention.moh_input = RouterInput(hidden[0])
+    parts = [(q[:, :, part], k[:, :, part], v[:, :, part]) for part in (slice(2), slice(2, 5))]
+    found = [moh_attention_forward(attention, *part, None, scaling=0.5, is_causal=False)[0] for part in parts]
+    expected = attend(attention, *parts[1], hidden[:, 2:], is_causal=False)
+    torch.testing.assert_close(found[1], expected)
+    assert found[0].shape[1] + found[1].shape[1] == whole.shape[1]
+
+
+@pytest.mark.parametrize("width", [3, 6])
+def test_values_of_another_width_than_the_keys(attention, width):
+    q, k, _, hidden = states()
+    attention.moh_skipped = None
+    v = torch.randn(1, 2, 5, width)
+    routing = attention.moh_router(hidden, None, None)
+    every = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5, enable_gqa=True)
+    expected = (every * routing.selected_BNH.transpose(1, 2).unsqueeze(-1)).transpose(1, 2)
+    torch.testing.assert_close(attend(attention, q, k, v, hidden), expected)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +147,8 @@ def test_a_new_token_gets_the_same_in_one_operator_as_in_several(attention):
     q, k, v, hidden = states(queries=1, keys=40)
     attention.moh_skipped.normal_()
     at_once = attend(attention, q, k, v, hidden)
-    torch.testing.assert_close(at_once, attend(attention, q, k, v, hidden, head_attention_impl="reference"))
-    torch.testing.assert_close(at_once, attend(attention, q, k, v, hidden, routing_trace=RoutingTrace()))
+    torch.testing.assert_close(at_once, attend(attention, q, k, v, hidden, call=Call(impl="reference")))
+    torch.testing.assert_close(at_once, attend(attention, q, k, v, hidden, call=Call(RoutingTrace())))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from mixhead.models.hugging_face.configuration import moh_config_class
     from mixhead.models.hugging_face.model import MoHModelMixin, become_converted, moh_model_class
     from mixhead.models.hugging_face.routers import attach_router, attach_routers, detach_router
-    from mixhead.models.hugging_face.sites import AttentionSite, find_sites
+    from mixhead.models.hugging_face.sites import AttentionSite, find_sites, place_of
     from mixhead.models.hugging_face.trace import RoutingTrace
 else:
     __getattr__, __dir__ = loaded_on_use(
@@ -19,7 +19,7 @@ else:
             ".configuration": ["moh_config_class"],
             ".model": ["MoHModelMixin", "become_converted", "moh_model_class"],
             ".routers": ["attach_router", "attach_routers", "detach_router"],
-            ".sites": ["AttentionSite", "find_sites"],
+            ".sites": ["AttentionSite", "find_sites", "place_of"],
             ".trace": ["RoutingTrace"],
         },
     )
@@ -37,4 +37,5 @@ __all__ = [
     "moh_attention_forward",
     "moh_config_class",
     "moh_model_class",
+    "place_of",
 ]

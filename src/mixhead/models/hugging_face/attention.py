@@ -1,7 +1,10 @@
 """The function that transformers calls for the attention of a converted model, and the class that feeds its router.
 
-The attention module's class hands its own input down to this function as the keyword `router_hidden_states`; the model
-hands down `routing_trace` the same way. Nothing is kept between calls.
+The interface passes queries, keys and values, and a router needs the hidden states that they came from. Keywords reach
+the interface in many architectures and not in others, so none is used: for the time of one call the attention module is
+a copy of itself (of its attributes, which share all weights) that holds its own input as `moh_input`, and hands itself
+to the interface. What a call of the whole model wants, every layer learns from `running_call`. Nothing is kept between
+calls.
 """
 
 from __future__ import annotations
@@ -9,18 +12,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from mixhead.errors import MixheadError
+from mixhead.models.hugging_face.call import running_call
 from mixhead.models.hugging_face.configuration import new_instance
 from mixhead.models.hugging_face.decoding import decode_token
-from mixhead.models.hugging_face.trace import RoutingTrace
+from mixhead.models.hugging_face.router_input import RouterInput, query_argument
 from mixhead.ops import head_attention
 from mixhead.ops.skipped import fill_skipped
 from mixhead.routing import Routing
@@ -30,26 +35,7 @@ from mixhead.routing import Routing
 ATTENTION = "mixhead"
 ATTENTION_OF_EAGER = "mixhead_eager"
 # What some models hand to the interface, and what changes the mathematics in a way that only their own function knows.
-UNSUPPORTED = frozenset({"softcap", "position_bias", "s_aux", "cache"})
-
-
-class StandIn(Protocol):
-    """Computes the attention of one call instead of the function below: so calibration and inspection look."""
-
-    def __call__(
-        self,
-        module: nn.Module,
-        q_BHND: Tensor,
-        k_BKTD: Tensor,
-        v_BKTD: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None,
-        is_causal: bool | None,
-        hidden_BNC: Tensor,
-        token_mask_BN: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `moh_attention_forward`; False in the token mask is padding."""
-        ...
+UNSUPPORTED = frozenset({"softcap", "position_bias", "s_aux", "sinks", "cache", "indices", "block_indices"})
 
 
 # Floating masks add at least this much to the scores that they allow: transformers forbids with the smallest number.
@@ -88,14 +74,14 @@ def dense_attention_of(module: nn.Module) -> Callable[..., Any]:
 
 @functools.cache
 def routing_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The class of an attention module that routes: its router needs hidden states that the interface does not pass.
-
-    A forward pre-hook would do the same, and take as long as the attention of one token.
-    """
+    """The class of an attention module that routes: it holds its input while it runs."""
+    input_of = query_argument(base.forward)
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return base.forward(self, *args, router_hidden_states=args[0] if args else kwargs["hidden_states"], **kwargs)
+        call = object.__new__(type(self))
+        call.__dict__.update(vars(self), moh_input=RouterInput(input_of(args, kwargs)))
+        return base.forward(call, *args, **kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return new_instance, (routing_class, base), self.__getstate__()
@@ -104,12 +90,15 @@ def routing_class(base: type[nn.Module]) -> type[nn.Module]:
     return type(f"MoH{base.__name__}", (base,), members)
 
 
-def hand_down_hidden_states(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def hold_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The same as a forward pre-hook, for modules whose `forward` is their own, as offloading replaces it."""
-    hidden_BNC = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, "router_hidden_states": hidden_BNC}
+    input_of = query_argument(type(module).forward)
+    module.moh_input = RouterInput(input_of(args, kwargs))  # type: ignore[assignment]
+
+
+def drop_input(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    """The end of that, as a forward hook."""
+    vars(module).pop("moh_input", None)
 
 
 def moh_attention_forward(
@@ -121,11 +110,6 @@ def moh_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    router_hidden_states: Tensor | None = None,
-    routing_trace: RoutingTrace | None = None,
-    decoder_token_mask_BN: Tensor | None = None,
-    head_attention_impl: str = "auto",
-    stand_in: StandIn | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the selected heads, under the contract of transformers' attention interface.
@@ -134,64 +118,86 @@ def moh_attention_forward(
         module: the attention module; it routes where it has a `moh_router`, and is dense otherwise.
         query: [B, H, N, D].
         key: [B, K, T, D].
-        value: [B, K, T, D].
+        value: [B, K, T, V]; V may differ from D.
         attention_mask: bool or floating, [B, 1, N, T], or None.
         dropout: probability of dropping an attention weight.
         scaling: factor of the scores.
         is_causal: as in transformers; by default the module's own `is_causal`.
-        router_hidden_states: [B, N, C], from `routing_class`.
-        routing_trace: collects the routing.
-        decoder_token_mask_BN: bool, False at padding of the decoder, whose cross-attention has no mask to tell it.
-        head_attention_impl: the engine, see `mixhead.ops.head_attention`; given to the model's call as a keyword.
-        stand_in: computes the attention of this call instead; see `StandIn`. Given to the model's call as a keyword.
         **kwargs: what else a model passes; refused where it would change the mathematics.
 
     Returns:
-        ([B, N, H, D], None); where all heads are used, what the model's own function returns.
+        ([B, N, H, V], None); where all heads are used, what the model's own function returns.
     """
     router: Any = getattr(module, "moh_router", None)
-    if router is None and stand_in is None:
+    call = running_call()
+    if router is None and call.stand_in is None:
         dense_attention = dense_attention_of(module)
         kwargs = kwargs if is_causal is None else {**kwargs, "is_causal": is_causal}
         return dense_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if router_hidden_states is None or not UNSUPPORTED.isdisjoint(kwargs):
-        check_call(module, router_hidden_states, kwargs)
-        assert router_hidden_states is not None
-    plain = routing_trace is None and stand_in is None and head_attention_impl == "auto"
-    if plain and query.shape[2] == 1 and attention_mask is None and not dropout:
+    if not UNSUPPORTED.isdisjoint(kwargs):
+        check_call(module, kwargs)
+    hidden_BNC = module.moh_input.beside(query, str(module.moh_name))  # type: ignore[union-attr,operator]
+    one_width = query.shape[3] == value.shape[3]
+    if call.is_plain and query.shape[2] == 1 and one_width and attention_mask is None and not dropout:
         skipped_HD: Any = module.moh_skipped
-        out_B1HD = decode_token(router, skipped_HD, router_hidden_states, query, key, value, scaling)
+        out_B1HD = decode_token(router, skipped_HD, hidden_BNC, query, key, value, scaling)
         if out_B1HD is not None:
             return out_B1HD, None
     token_mask_BN = real_tokens_BN(attention_mask, query.shape[2], key.shape[2])
-    if attention_mask is None and decoder_token_mask_BN is not None and getattr(module, "is_decoder", False):
-        token_mask_BN = decoder_token_mask_BN[:, -query.shape[2] :]
-    if stand_in is not None:
-        return stand_in(
-            module, query, key, value, attention_mask, scaling, is_causal, router_hidden_states, token_mask_BN
-        )
-    routing = router(router_hidden_states, query, token_mask_BN)
-    if routing_trace is not None:
-        routing_trace.record(str(module.moh_name), routing)
+    if token_mask_BN is not None:  # One mask for all samples is allowed.
+        token_mask_BN = token_mask_BN.expand(query.shape[0], -1)
+    if attention_mask is None and call.decoder_token_mask_BN is not None and getattr(module, "is_decoder", False):
+        token_mask_BN = call.decoder_token_mask_BN[:, -query.shape[2] :]
+    if call.stand_in is not None:
+        seen = call.stand_in(
+            module, query, key, value, attention_mask, scaling, is_causal, hidden_BNC, token_mask_BN
+        )  # fmt: skip
+        if seen is not None:
+            return seen
+        if router is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal)
+    routing = router(hidden_BNC, query, token_mask_BN)
+    if call.trace is not None:
+        call.trace.record(str(module.moh_name), routing)
     if dropout > 0.0:
         dense_BNHD, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
         return with_constants(times_gates(dense_BNHD, routing), routing, module), None
     causal = is_causal_here(module, query, attention_mask, is_causal)
-    if causal and key.shape[2] > query.shape[2]:
-        # The first tokens of a static cache, whose other places are still empty.
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    out_BHND = head_attention(
-        query, key, value, routing, causal=causal, scale=scaling, attn_mask=attention_mask, impl=head_attention_impl
-    )
+    out_BHND = selected_heads(query, key, value, routing, causal, scaling, attention_mask, call.impl)
     return with_constants(out_BHND.transpose(1, 2), routing, module), None
 
 
-def check_call(module: nn.Module, hidden_BNC: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Raises where the router was not fed, or the module asks for what is not computed here."""
-    if hidden_BNC is None:
-        raise MixheadError(f"{module.moh_name}: the attention module's hidden states did not reach its router.")
+def selected_heads(
+    q_BHND: Tensor,
+    k_BKTD: Tensor,
+    v_BKTV: Tensor,
+    routing: Routing,
+    causal: bool,
+    scale: float | None,
+    attn_mask: Tensor | None,
+    impl: str,
+) -> Tensor:
+    """`head_attention` [B, H, N, V], where values may be of another width than keys (DeepSeek)."""
+    queries, width = q_BHND.shape[2], v_BKTV.shape[3]
+    if causal and k_BKTD.shape[2] > queries:
+        # The first tokens of a static cache, whose other places are still empty.
+        k_BKTD, v_BKTV = k_BKTD[:, :, :queries], v_BKTV[:, :, :queries]
+    difference = q_BHND.shape[3] - width
+    if difference:
+        scale = q_BHND.shape[3] ** -0.5 if scale is None else scale
+        # Zeros change no score, and what they add to the values is cut off again.
+        q_BHND, k_BKTD = (F.pad(states, (0, max(-difference, 0))) for states in (q_BHND, k_BKTD))
+        v_BKTV = F.pad(v_BKTV, (0, max(difference, 0)))
+    out_BHND = head_attention(
+        q_BHND, k_BKTD, v_BKTV, routing, causal=causal, scale=scale, attn_mask=attn_mask, impl=impl
+    )
+    return out_BHND[..., :width] if difference > 0 else out_BHND
+
+
+def check_call(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises where the module asks for what is not computed here."""
     given = ", ".join(argument for argument in sorted(UNSUPPORTED) if kwargs.get(argument) is not None)
     if given:
         raise MixheadError(

@@ -23,11 +23,6 @@ def balance_term(model: Any, trace: RoutingTrace, kwargs: dict[str, Any]) -> Ten
     coefficient = model.config.moh["balance_coefficient"]
     balance = trace.balance_loss()
     if balance is None:
-        if not trace.layers and any(getattr(m, "moh_router", None) is not None for m in model.modules()):
-            raise MixheadError(
-                f"No routing reached the loss of {type(model).__name__}: its modules do not pass keyword arguments on "
-                "to their attention, so its balance loss cannot be computed."
-            )
         return torch.zeros(())
     if coefficient > 0.0 and torch.is_grad_enabled() and not balance.requires_grad and checkpoints_reentrantly(model):
         raise MixheadError(

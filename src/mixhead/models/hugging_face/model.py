@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face.attention import ATTENTION, ATTENTION_OF_EAGER
 from mixhead.models.hugging_face.balance import balance_term, carried
+from mixhead.models.hugging_face.call import Call, StandIn, carrying_calls, running
 from mixhead.models.hugging_face.configuration import moh_config_class, name_of, new_instance
 from mixhead.models.hugging_face.routers import attach_routers, initialise_routing
 from mixhead.models.hugging_face.trace import RoutingTrace
@@ -54,6 +56,12 @@ class MoHModelMixin:
             if not getattr(module, "_is_hf_initialized", False):
                 initialise_routing(module)
         super().initialize_weights()  # type: ignore[misc]
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        """Layers that run again in the backward pass run as they did."""
+        super()._set_gradient_checkpointing(enable, carrying_calls(gradient_checkpointing_func), **kwargs)  # type: ignore[misc]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused where a larger model that was not converted saves itself: its file would say nothing of the heads."""
@@ -94,19 +102,26 @@ def forward_with_balance_loss(base_forward: Callable[..., Any]) -> Callable[...,
     """
 
     @functools.wraps(base_forward)
-    def forward(self: Any, *args: Any, routing_trace: RoutingTrace | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        routing_trace: RoutingTrace | None = None,
+        head_attention_impl: str = "auto",
+        stand_in: StandIn | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if kwargs.get("output_attentions"):
             raise MixheadError(
                 f"{type(self).__name__} has no attention weights to return: a token computes none for the heads that "
                 "it skips. Call it without output_attentions, or call mixhead.revert on it first."
             )
-        if self.config.is_encoder_decoder and takes_keywords:
-            kwargs = {**kwargs, "decoder_token_mask_BN": real_decoder_tokens_BN(kwargs)}
+        mask_BN = real_decoder_tokens_BN(kwargs) if self.config.is_encoder_decoder else None
         if not self.training:
-            passed = {} if routing_trace is None else {"routing_trace": routing_trace}
-            return base_forward(self, *args, **passed, **kwargs)
+            with running(Call(routing_trace, mask_BN, head_attention_impl, stand_in)):
+                return base_forward(self, *args, **kwargs)
         own = RoutingTrace()
-        outputs = base_forward(self, *args, routing_trace=own, **kwargs)
+        with running(Call(own, mask_BN, head_attention_impl, stand_in)):
+            outputs = base_forward(self, *args, **kwargs)
         if routing_trace is not None:
             for name, routing in own.layers:
                 routing_trace.record(name, routing)
@@ -119,14 +134,21 @@ def forward_with_balance_loss(base_forward: Callable[..., Any]) -> Callable[...,
             return carried(outputs, balance, told) if balance.requires_grad else outputs
         return outputs
 
-    signature = inspect.signature(base_forward)
-    parameters = list(signature.parameters.values())
-    takes_keywords = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
-    trace_parameter = inspect.Parameter("routing_trace", inspect.Parameter.KEYWORD_ONLY, default=None)
-    last = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     # generate() and the Trainer read the signature to learn what the model accepts.
-    forward.__signature__ = signature.replace(parameters=[*parameters[:last], trace_parameter, *parameters[last:]])  # type: ignore[attr-defined]
+    forward.__signature__ = with_keywords(  # type: ignore[attr-defined]
+        inspect.signature(base_forward), {"routing_trace": None, "head_attention_impl": "auto", "stand_in": None}
+    )
     return forward
+
+
+def with_keywords(signature: inspect.Signature, defaults: dict[str, Any]) -> inspect.Signature:
+    """The signature with keyword-only parameters more."""
+    parameters = list(signature.parameters.values())
+    last = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in defaults.items()
+    ]
+    return signature.replace(parameters=[*parameters[:last], *more, *parameters[last:]])
 
 
 def real_decoder_tokens_BN(kwargs: dict[str, Any]) -> Tensor | None:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face.attention import (
     attention_for,
+    drop_input,
     eager_attention_of,
-    hand_down_hidden_states,
+    hold_input,
     routing_class,
 )
 from mixhead.models.hugging_face.sites import AttentionSite, find_sites
@@ -55,33 +56,32 @@ def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -
     kind = router_kind(moh["router"], moh["group_balanced"])
     num_groups = site.num_key_value_heads if moh["group_balanced"] else 1
     router = kind.make(site.hidden_size, heads.num_heads, heads.shared_heads, heads.top_k, num_groups)
-    weight = site.output_projection.weight
-    module.moh_router = router.to(device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
+    module.moh_router = router.to(device=site.device, dtype=site.dtype)
     router.train(module.training)
     if kind.calibrated:
-        head_dim = site.output_weight_HDC().shape[1]
-        skipped_HD = torch.zeros(heads.num_heads, head_dim, device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
+        skipped_HD = torch.zeros(heads.num_heads, site.head_dim, device=site.device, dtype=site.dtype)
         module.moh_skipped = nn.Parameter(skipped_HD)
 
 
 def feed_router(module: nn.Module) -> None:
-    """From now on the module hands its hidden states down."""
-    module.moh_hook = None  # type: ignore[assignment]
+    """From now on the module holds its input while it runs."""
+    module.moh_hooks = ()  # type: ignore[assignment]
     if "forward" in vars(module):
-        module.moh_hook = module.register_forward_pre_hook(hand_down_hidden_states, with_kwargs=True)  # type: ignore[assignment]
+        before = module.register_forward_pre_hook(hold_input, with_kwargs=True)
+        module.moh_hooks = (before, module.register_forward_hook(drop_input, always_call=True))  # type: ignore[assignment]
     else:
         module.__class__ = routing_class(type(module))  # type: ignore[arg-type]
 
 
 def detach_router(module: nn.Module) -> None:
     """Takes back what `attach_router` did."""
-    if not hasattr(module, "moh_hook"):
+    if not hasattr(module, "moh_hooks"):
         return
-    if module.moh_hook is None:
-        module.__class__ = module.moh_base
-    else:
-        module.moh_hook.remove()  # type: ignore[union-attr,operator]
-    for attribute in ("moh_name", "moh_router", "moh_skipped", "moh_eager_attention", "moh_hook"):
+    if not module.moh_hooks:
+        module.__class__ = module.moh_base  # type: ignore[assignment]
+    for hook in module.moh_hooks:  # type: ignore[union-attr]
+        hook.remove()
+    for attribute in ("moh_name", "moh_router", "moh_skipped", "moh_eager_attention", "moh_hooks"):
         delattr(module, attribute)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mixhead.models.moh_vit.positions import RelativePositions, Size
 from mixhead.ops import RelativeBias, aggregated_attention, head_attention
+from mixhead.plain import is_plain
 from mixhead.routing import Routing, TwoStageRouter
 
 POSITION_WIDTH = 512
@@ -33,7 +34,7 @@ class PositionBias(nn.Module):
 
     def forward(self, positions: RelativePositions) -> RelativeBias:
         """The bias of every pair of a query and a key."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_plain():
             return RelativeBias(self.table(positions), positions.row_YU, positions.column_XV)
         # Without gradients the last table is kept, with a copy of the weights that made it: they tell for certain,
         # however they were changed, whether it still holds.
@@ -41,6 +42,10 @@ class PositionBias(nn.Module):
         if self._known is None or self._known[0] is not positions or not same_tensors(self._known[1], weights):
             self._known = positions, [weight.clone() for weight in weights], self.table(positions)
         return RelativeBias(self._known[2], positions.row_YU, positions.column_XV)
+
+    def is_plain(self) -> bool:
+        """Whether the parameters tell all that the table depends on."""
+        return all(is_plain(layer, nn.Linear) for layer in (self.fc1, self.fc2))
 
     def table(self, positions: RelativePositions) -> Tensor:
         """The bias of every distance, [H, R, S]."""

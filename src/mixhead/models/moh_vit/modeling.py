@@ -22,6 +22,7 @@ from mixhead.models.moh_vit.attention import AggregatedAttention, CosineAttentio
 from mixhead.models.moh_vit.configuration import MoHTransNeXtConfig
 from mixhead.models.moh_vit.positions import RelativePositions, Size, relative_positions
 from mixhead.ops import convolutional_glu
+from mixhead.plain import is_plain
 from mixhead.routing import OneStageRouter, Routing, TwoStageRouter, mean_balance_loss
 
 # softplus of the initial temperature is 1 / 0.24.
@@ -74,6 +75,10 @@ class ConvolutionalGLU(nn.Module):
         self.fc2 = nn.Linear(width, hidden_size)
 
     def forward(self, hidden_BNC: Tensor, size: Size) -> Tensor:
+        if not (is_plain(self.fc1, nn.Linear) and is_plain(self.dwconv, nn.Conv2d)):
+            gate_BNM, value_BNM = self.fc1(hidden_BNC).chunk(2, -1)
+            map_BMYX = self.dwconv(gate_BNM.transpose(1, 2).unflatten(2, size))
+            return self.fc2(F.gelu(map_BMYX).flatten(2).transpose(1, 2) * value_BNM)
         hidden_BNK = F.linear(hidden_BNC, self.fc1.weight)
         assert self.dwconv.bias is not None
         gated_BNM = convolutional_glu(
