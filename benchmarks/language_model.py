@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixhead
-from mixhead.data.text import text_source, token_windows
+from mixhead.data.text import text_source
+from mixhead.data.windows import token_windows
 from mixhead.interop.smollm2 import smollm2_folder
 from mixhead.ops.crossover import cpu_model
 from mixhead.tasks.language_modelling.comparison_table import Comparison, Row

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
@@ -19,11 +20,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from mixhead.errors import MixheadError, first_line, listed
 from mixhead.files import read_json, restore, write_folder
 from mixhead.interop.safe_load import read_start
 from mixhead.models.auto import LoadsItsModels
+from mixhead.models.context import check_reads_forward
 from mixhead.models.hugging_face import MoHModelMixin, moh_model_class
 from mixhead.shards import check_indexes
 
@@ -32,8 +38,19 @@ PathLike = str | os.PathLike[str]
 CONFIG = "config.json"
 PIPELINE = "model_index.json"  # of diffusers
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+# What there is for models that write no text, by the end of the name of their class.
+OTHER_KINDS = {
+    "ForMaskedLM": "it fills gaps, and sees the words on both sides of them (`mixhead fill-mask`)",
+    "ForImageClassification": "it looks at images (`mixhead classify`, `mixhead evaluate-images`)",
+    "ForConditionalGeneration": "it reads one thing and writes another (`mixhead translate`)",
+    "MTModel": "it reads one thing and writes another (`mixhead translate`)",
+}
 # What the writers raise when a disk is full or a folder read-only: the operating system and safetensors.
 WRITE_ERRORS = (OSError, SafetensorError)
+
+
+class OtherKindError(MixheadError):
+    """A folder holds another kind of model than is wanted."""
 
 
 class Saveable(Protocol):
@@ -91,7 +108,9 @@ def check_target(path: PathLike, *, overwrite: bool = False) -> Path:
     if not any(target.iterdir()):
         return target
     if not overwrite:
-        raise MixheadError(f"{target} exists and is not empty: name another folder, or allow it to be overwritten.")
+        raise MixheadError(
+            f"{target} exists and is not empty: name another folder, or replace it with --overwrite (overwrite=True)."
+        )
     if not any((target / name).is_file() for name in (CONFIG, PIPELINE)):
         raise MixheadError(f"{target} holds no model ({CONFIG} is missing), so it will not be overwritten.")
     return target
@@ -127,10 +146,71 @@ def load(path: PathLike, *, dtype: Any = "auto") -> PreTrainedModel:
 
 
 def load_causal_lm(path: PathLike, *, dtype: Any = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal language model, converted or not, with its tokenizer; raises as `load` does."""
+    """Loads a causal language model, converted or not, with its tokenizer.
+
+    Raises:
+        MixheadError: as `load` does, and where the folder holds a model of another kind.
+    """
     folder = check_folder(path)
     config = load_config(folder)
+    check_writes_text(folder, config)
     return load_as(AutoModelForCausalLM, folder, config, dtype), load_tokenizer(folder)
+
+
+def load_text_model(path: PathLike, *, dtype: Any = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model that reads text alone, causal or masked, with its tokenizer; raises as `load_causal_lm` does."""
+    folder = check_folder(path)
+    config = load_config(folder)
+    if architecture_of(config) not in names_of(MODEL_FOR_MASKED_LM_MAPPING_NAMES):
+        check_writes_text(folder, config)
+        return load_causal_lm(folder, dtype=dtype)
+    return load_as(model_class_of(folder, config), folder, config, dtype), load_tokenizer(folder)
+
+
+def outline(path: PathLike) -> PreTrainedModel:
+    """A causal language model without its weights, on the device "meta": enough to refuse it before work begins.
+
+    Raises:
+        MixheadError: where the folder holds none, or lacks weights or a tokenizer.
+    """
+    folder = check_folder(path)
+    config = load_config(folder)
+    check_writes_text(folder, config)
+    check_weight_files(folder)
+    load_tokenizer(folder)
+    with torch.device("meta"):
+        model = or_refuse(
+            lambda: AutoModelForCausalLM.from_config(config), f"{folder / CONFIG} describes no model that can be built"
+        )
+    check_reads_forward(model)
+    return model
+
+
+def architecture_of(config: PreTrainedConfig) -> str:
+    """The class that a model was saved from, by its name; "" where the configuration does not say."""
+    name = (config.architectures or [""])[0]
+    return name.removeprefix("MoH") if hasattr(config, "base_config_class") else name
+
+
+def names_of(mapping: Mapping[str, Any]) -> set[str]:
+    """The model classes that a mapping of transformers names, of which some types have several."""
+    return {name for names in mapping.values() for name in ((names,) if isinstance(names, str) else names)}
+
+
+def check_writes_text(folder: Path, config: PreTrainedConfig) -> None:
+    """Raises where a folder holds no causal language model: loaded as one, it would lack its head or see ahead."""
+    name = architecture_of(config)
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    # A bare model is tried, since it has all weights where it ties them.
+    if known and (not name or name in names_of(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) or name.endswith("Model")):
+        return
+    if known and not hasattr(transformers, name):
+        return
+    raise OtherKindError(
+        f"{folder} holds {name or f'a model of type {config.model_type}'}, which is no causal language model"
+        + next((f": {hint}" for end, hint in OTHER_KINDS.items() if name.endswith(end)), "")
+        + "."
+    )
 
 
 def load_tokenizer(path: PathLike) -> PreTrainedTokenizerBase:
@@ -168,10 +248,10 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 def model_class_of(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that the configuration names as its own."""
-    name = (config.architectures or ["nothing"])[0]
+    name = architecture_of(config) or "nothing"
     nested = hasattr(config, "base_config_class")  # a converted model, saved by an earlier version of this library
     home = importlib.import_module(config.modeling) if isinstance(config, LoadsItsModels) else transformers
-    base = getattr(home, name.removeprefix("MoH") if nested else name, None)
+    base = getattr(home, name, None)
     if not isinstance(base, type) or not issubclass(base, PreTrainedModel):
         raise MixheadError(f"{folder / CONFIG} names {name} as its architecture, which {home.__name__} does not have.")
     return moh_model_class(base) if nested else base

@@ -288,5 +288,5 @@ def test_a_damaged_tokenizer(folder):
 
 def test_a_model_that_writes_no_text_is_no_language_model(tmp_path):
     store.save(ZOO["vit"].make(), tokenizer(), tmp_path)
-    with pytest.raises(MixheadError, match="cannot be loaded"):
+    with pytest.raises(MixheadError, match="ViTForImageClassification, which is no causal language model"):
         store.load_causal_lm(tmp_path)

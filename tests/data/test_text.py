@@ -1,4 +1,4 @@
-"""The addresses, text files and token windows."""
+"""The addresses and text files."""
 
 from __future__ import annotations
 
@@ -8,26 +8,11 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from mixhead.data.text import Address, Split, addresses, read_text_file, text_source, token_windows
+from mixhead.data.text import Address, Split, addresses, read_text_file, text_source
 from mixhead.errors import MixheadError
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word: "w0" is 1, "w1" is 2 and so on; the end of a document is 0."""
-    words = Tokenizer(models.WordLevel({"<end>": 0} | {f"w{n}": n + 1 for n in range(100)}, unk_token="<end>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
-
-
-def words(first: int, last: int) -> str:
-    return " ".join(f"w{n}" for n in range(first, last))
 
 
 def test_packed_addresses_stay_below_three_megabytes() -> None:
@@ -124,38 +109,3 @@ def test_text_source_knows_the_addresses_and_their_parts() -> None:
     assert text_source("addresses:test", "train") == [address.text for address in addresses("test")]
     with pytest.raises(MixheadError, match="no part 'dev'"):
         text_source("addresses:dev")
-
-
-def test_windows_are_consecutive_and_documents_are_joined(tokenizer: PreTrainedTokenizerFast) -> None:
-    windows = token_windows(tokenizer, [words(0, 5), words(5, 12)], 4)
-    assert windows.dtype == torch.int64
-    assert windows.tolist() == [[1, 2, 3, 4], [5, 0, 6, 7], [8, 9, 10, 11]]  # "w11" fills no window
-
-
-def test_limited_windows_are_spread_over_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    everything = token_windows(tokenizer, [words(0, 60)], 6)
-    some = token_windows(tokenizer, [words(0, 60)], 6, limit=4)
-    assert some.tolist() == everything[[0, 2, 5, 7]].tolist()
-    assert token_windows(tokenizer, [words(0, 60)], 6, limit=99).tolist() == everything.tolist()
-
-
-def test_windows_tell_their_progress(tokenizer: PreTrainedTokenizerFast) -> None:
-    seen: list[tuple[int, int]] = []
-    token_windows(tokenizer, ["w1 w2"] * 3, 2, on_progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-
-
-@pytest.mark.parametrize(
-    ("texts", "window", "limit", "message"),
-    [
-        ([words(0, 5)], 6, None, "has 5 tokens, fewer than one window of 6; give a longer text or a smaller window"),
-        ([], 6, None, "has 0 tokens"),
-        ([words(0, 5)], 1, None, "window must be at least 2 tokens"),
-        ([words(0, 5)], 2, 0, "limit must be at least 1 window"),
-    ],
-)
-def test_impossible_windows_are_refused(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str], window: int, limit: int | None, message: str
-) -> None:
-    with pytest.raises(MixheadError, match=message):
-        token_windows(tokenizer, texts, window, limit)

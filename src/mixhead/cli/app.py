@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,7 @@ app.command("demo")(demo.demo)
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; a user's mistake is printed as its sentence, without a traceback."""
+    show_what_can_be_shown()
     try:
         with log_on_standard_error():
             app(list(arguments), prog_name="mixhead")
@@ -79,6 +81,13 @@ def run(arguments: Sequence[str]) -> int:
         # typer ends every command this way, also after it has explained a wrong option (code 2) or Ctrl-C (130).
         return finished.code if isinstance(finished.code, int) else int(finished.code is not None)
     return 0
+
+
+def show_what_can_be_shown() -> None:
+    """On a terminal that is not UTF-8, signs that it lacks become question marks instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

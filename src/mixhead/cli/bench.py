@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from mixhead.bench import cases
-from mixhead.cli.common import MODEL_HELP, SMOLLM2, TEXT_HELP, console, model_folder, progress_bar, windows_of
+from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
 from mixhead.errors import MixheadError
+from mixhead.tasks.language_modelling.config import SMOLLM2, WINDOW
 
 if TYPE_CHECKING:
     from mixhead.bench import runner
@@ -189,17 +190,21 @@ def record(
     source: Annotated[str, typer.Argument(help="A converted model's folder.")],
     out: Annotated[Path, typer.Argument(help="The file to write, safetensors.")],
     text: Annotated[str, typer.Option(help="Text to read. " + TEXT_HELP)] = "addresses:test",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 1024,
 ) -> None:
     """Writes which heads a converted model's tokens use, for `--routing FILE`."""
     import torch
 
     from mixhead import store
     from mixhead.bench import routings
+    from mixhead.data.text import text_source
+    from mixhead.models.context import check_ids, window_for
     from mixhead.recording import keep_routing
 
+    documents = text_source(text, "test")
     network, tokenizer = store.load_causal_lm(model_folder(source))
-    windows_WT = windows_of(tokenizer, text, "test", tokens, tokens)
+    windows_WT = windows_of(tokenizer, documents, window_for([network], tokens, WINDOW), tokens).ids_WT
+    check_ids(network, windows_WT)
     with torch.no_grad(), keep_routing(network) as log:
         network(windows_WT[:1], use_cache=False)
     routings.save_recording(log, out)

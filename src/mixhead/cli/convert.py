@@ -7,11 +7,18 @@ from typing import Annotated
 
 import typer
 
-from mixhead.cli.common import DTYPE_HELP, MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
+from mixhead.cli.common import (
+    DTYPE_HELP,
+    MODEL_HELP,
+    TEXT_HELP,
+    console,
+    model_folder,
+    progress_bar,
+    windows_of,
+)
 from mixhead.cli.convert_dit import CalibrationImages, convert_dit
 from mixhead.errors import MixheadError
-
-CALIBRATION_WINDOW = 512
+from mixhead.tasks.language_modelling.config import WINDOW
 
 
 def convert(
@@ -34,7 +41,7 @@ def convert(
         ),
     ] = None,
     text: Annotated[str, typer.Option(help="Text to calibrate on. " + TEXT_HELP)] = "addresses:calibration",
-    tokens: Annotated[int, typer.Option(min=CALIBRATION_WINDOW, help="Tokens to calibrate on.")] = 16_384,
+    tokens: Annotated[int, typer.Option(min=WINDOW, help="Tokens to calibrate on.")] = 16_384,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     official: Annotated[
         str | None,
@@ -53,13 +60,15 @@ def convert(
     vae: Annotated[Path | None, typer.Option(help="Folder of the VAE of a diffusion transformer on latents.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
 ) -> None:
-    """Converts a causal language model and, with the linear router, calibrates it (no gradients, under a minute for
+    """Converts a language model and, with the linear router, calibrates it (no gradients, under a minute for
     SmolLM2-135M on two cores); a dense diffusion transformer likewise. A published checkpoint becomes a model folder.
     """
     from mixhead import store
     from mixhead.convert import CalibrationConfig, MoHConfig, calibrate
     from mixhead.convert import convert as convert_model
+    from mixhead.data.text import text_source
     from mixhead.interop import holds_dit, load_moh_llama, load_moh_vit
+    from mixhead.models.context import window_for
     from mixhead.models.moh_dit import PUBLISHED as PUBLISHED_DIT
     from mixhead.models.moh_vit import PUBLISHED, image_processor
     from mixhead.precision import autocast_dtype
@@ -94,12 +103,16 @@ def convert(
         return
     store.check_target(out, overwrite=overwrite)
     calibration = CalibrationConfig(autocast=autocast_dtype(dtype))
-    model, tokenizer = store.load_causal_lm(folder)
+    documents = text_source(text, "calibration") if router == "linear" else []
+    try:
+        model, tokenizer = store.load_text_model(folder)
+    except store.OtherKindError as error:
+        raise MixheadError(f"{error} Convert and calibrate it in Python (docs/vision.md).") from None
     convert_model(model, config)
     if router == "linear":
-        windows_WT = windows_of(tokenizer, text, "calibration", CALIBRATION_WINDOW, tokens)
+        windows = windows_of(tokenizer, documents, window_for([model], None, WINDOW), tokens)
         with progress_bar("Calibrating") as on_progress:
-            report = calibrate(model, windows_WT.split(4), calibration, on_progress)
+            report = calibrate(model, windows.ids_WT.split(4), calibration, on_progress)
         console.print(report.to_rich())
     store.save(model, tokenizer, out, overwrite=overwrite)
     layers = model.config.moh["layers"]

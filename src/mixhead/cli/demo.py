@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mixhead.cli.common import SMOLLM2, console, model_folder, progress_bar
+from mixhead.cli.common import console, model_folder, progress_bar
+from mixhead.tasks.language_modelling.config import SMOLLM2
 from mixhead.tasks.language_modelling.demo_config import DemoConfig
 
 DEFAULTS = DemoConfig()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mixhead.cli.common import console, progress_bar
+from mixhead.cli.common import check_new, console, progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,10 +39,11 @@ def evaluate_samples(
     from mixhead.tasks.image_generation.drawing import image_batches
     from mixhead.tasks.image_generation.metrics import compare, feature_extractor, statistics
 
+    check_new(json_file, overwrite=True)
+    images = open_images(reference)
     extractor = feature_extractor(features)
     drawn = statistics(extractor, image_batches(samples))
     size = next(image_batches(samples, batch=1)).shape[-1]
-    images = open_images(reference)
     with progress_bar("Real images") as on_progress:
         real = statistics(extractor, counted(image_tensors(images, size, channels=3), len(images.labels), on_progress))
     quality = compare(extractor.name, drawn, real)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mixhead.cli.common import MODEL_HELP, console, model_folder
+from mixhead.errors import MixheadError
+
+PROMPT = "The state of the Union is"
+NEW_TOKENS = 80
 
 
 def generate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "The state of the Union is",
-    prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 text file to continue instead.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write, at most.")] = 80,
+    prompt: Annotated[str | None, typer.Option(help=f"The text to continue; by default {PROMPT!r}.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 text file to continue instead.")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"How many tokens to write, at most; by default {NEW_TOKENS}, or what there is room for."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling (with a temperature above 0).")] = 0,
 ) -> None:
@@ -23,17 +33,20 @@ def generate(
 
     from mixhead import store
     from mixhead.data.text import read_text_file
+    from mixhead.data.windows import prompt_ids
     from mixhead.models.hugging_face import MoHModelMixin
     from mixhead.recording import record_routing
 
+    if prompt is not None and prompt_file is not None:
+        raise MixheadError("Give one of a prompt (--prompt) and a file that holds one (--prompt-file).")
+    text = read_text_file(prompt_file) if prompt_file is not None else PROMPT if prompt is None else prompt
     network, tokenizer = store.load_causal_lm(model_folder(model))
-    text = prompt if prompt_file is None else read_text_file(prompt_file)
-    inputs = tokenizer(text, return_tensors="pt")
+    inputs, new_tokens = prompt_ids(network, tokenizer, text, max_new_tokens, NEW_TOKENS)
     torch.manual_seed(seed)
     sampling = {"do_sample": temperature > 0.0, "temperature": temperature or None, "top_p": None, "top_k": None}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     with record_routing(network) as log, torch.inference_mode():
-        network.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+        network.generate(**inputs, max_new_tokens=new_tokens, streamer=streamer, **sampling)
     if isinstance(network, MoHModelMixin):
         used = network.config.moh["layers"]
         active, heads = (sum(layer[kind] for layer in used) for kind in ("active_heads", "num_heads"))

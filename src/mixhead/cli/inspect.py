@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console, model_folder
+from mixhead.cli.common import MODEL_HELP, OVERWRITE_HELP, TEXT_HELP, check_new, console, model_folder
 from mixhead.errors import MixheadError
 
+TOKENS = 1000
+PAGE = Path("heads.html")
+
 if TYPE_CHECKING:
+    from torch import nn
+
     from mixhead.recording import Recording
-    from mixhead.report.contents import Contents
 
 
 def inspect(
     source: Annotated[str, typer.Argument(help="A recording that was saved, or a model. " + MODEL_HELP)],
-    out: Annotated[
-        Path | None, typer.Option(help="The page to write; heads.html if nothing else is asked for.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help=f"The page to write; {PAGE} if nothing else is asked for.")] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -38,21 +40,22 @@ def inspect(
         int | None,
         typer.Option(min=1, help="Let an image generator draw so many images, of one class after the other."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to read of each text, or to write.")] = 1000,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help=f"Tokens to read of each text, or to write; by default {TOKENS}.")
+    ] = None,
     shown: Annotated[int, typer.Option(min=1, help="Tokens that are shown one by one.")] = 10_000,
     terminal: Annotated[bool, typer.Option("--terminal", help="Show it here.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="A figure to write (.png, .svg, .pdf): the map of loads, or loads --by.")
     ] = None,
-    figure: Annotated[
-        str | None, typer.Option(help="Which figure: loads, groups; groups with --by, else loads.")
-    ] = None,
+    figure: Annotated[str | None, typer.Option(help="The figure: loads or groups; groups with --by.")] = None,
     by: Annotated[
         str | None, typer.Option(help="What the figure compares: text, class, position, word class, time_step, …")
     ] = None,
     layer: Annotated[str | None, typer.Option(help="Layer of the figure and of the terminal's tokens.")] = None,
     save: Annotated[Path | None, typer.Option(help="Keep the recording under this name (.safetensors, .json).")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE_HELP)] = False,
 ) -> None:
     """Records which heads the tokens of texts or pictures use, and shows it; or shows what was recorded before."""
     from mixhead.report.contents import read_contents
@@ -60,33 +63,67 @@ def inspect(
     from mixhead.report.plots import plot as draw_figure
     from mixhead.report.terminal import terminal_view
 
+    page = out or (None if terminal or plot else PAGE)
+    check_targets(page, plot, figure, save, overwrite=overwrite)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recording" if save is None else save
-        recorded = read_or_record(source, Inputs(text, prompt, images, draw, tokens), path)
+        recorded = read_or_record(source, Inputs(text, prompt, images, draw, tokens, layer, by), path)
         contents = read_contents(recorded.recording, shown)
-    if layer is not None:
-        layer = named_layer(contents, layer)
+    layer = None if layer is None else named_layer(contents.recording.layers, layer)
     if terminal:
         console.print(terminal_view(contents, layer))
     if plot is not None:
         draw_figure(contents, plot, figure, by, layer)
         console.print(f"Wrote {plot}.", markup=False, highlight=False)
-    if out is not None or not (terminal or plot):
-        heading = f"Which heads {model_name(source)} uses" if title is None else title
-        written = write_html(contents, out or Path("heads.html"), title=heading, pictures=recorded.pictures)
-        size = written.stat().st_size / 1e6
-        console.print(f"Wrote {written} ({size:.1f} MB): open it in a browser.", markup=False, highlight=False)
+    if page is not None:
+        title = f"Which heads {model_name(source)} uses" if title is None else title
+        written = write_html(contents, page, title=title, pictures=recorded.pictures)
+        size = f"{written.stat().st_size / 1e6:.1f} MB"
+        console.print(f"Wrote {written} ({size}): open it in a browser.", markup=False, highlight=False)
+
+
+def check_targets(
+    page: Path | None, plot: Path | None, figure: str | None, save: Path | None, *, overwrite: bool
+) -> None:
+    """Raises where something stands already that shall be written, or could not be written."""
+    from mixhead.recording.file import checked_path, recording_exists
+    from mixhead.report.plots import check_figure
+
+    if plot is not None:
+        check_figure(plot, figure)
+    for file in (page, plot):
+        check_new(file, overwrite=overwrite)
+    if save is not None and recording_exists(checked_path(save)) and not overwrite:
+        raise MixheadError(f"There is a recording {save}: give another name, or replace it with --overwrite.")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is to be shown."""
+    """What a model is to be shown, and what will be asked of the recording."""
 
     texts: Sequence[str] | None
     prompt: str | None
     images: Path | None
     draw: int | None
-    tokens: int
+    tokens: int | None
+    layer: str | None
+    by: str | None
+
+    def check(self, model: nn.Module, *labels: str) -> None:
+        """Raises where the recording could not have that layer, or its tokens none of these labels.
+
+        A model whose parts say more of their tokens may have others.
+        """
+        from mixhead.recording.listen import routers_by_layer
+
+        layers = list(routers_by_layer(model))
+        if self.layer is not None and layers:
+            named_layer(layers, self.layer)
+        says_more = any(hasattr(module, "routing_labels") for module in model.modules())
+        if self.by is not None and self.by not in labels and not says_more:
+            raise MixheadError(
+                f"The tokens are not grouped by {self.by!r}; they are by {', '.join(labels) or 'nothing'}."
+            )
 
 
 @dataclass(frozen=True)
@@ -130,23 +167,29 @@ def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
             processor = AutoImageProcessor.from_pretrained(folder)
         except (OSError, ValueError, ImportError) as error:
             raise MixheadError(f"{folder} has no image processor that can be loaded ({error}).") from error
-        return Recorded(*record_pictures(network, processor, picture_files(inputs.images), path, about=about))
+        pictures = picture_files(inputs.images)
+        inputs.check(network, *(["class"] if any(pictures.values()) else []))
+        return Recorded(*record_pictures(network, processor, pictures, path, about=about))
     if inputs.draw is not None:
         pipeline = load_pipeline(folder)
         count = len(class_names(pipeline))
         classes = [number % count for number in range(inputs.draw)]
+        inputs.check(pipeline.transformer.dit)
         return Recorded(*record_drawing(pipeline, classes, path, about=about))
     named = dict(name_and_text(text) for text in inputs.texts or ["addresses:test"])
+    labels = (*(["text"] if len(named) > 1 else []), "word class", "part of speech", "position")
     if store.load_config(store.check_folder(folder)).is_encoder_decoder:
         if inputs.prompt is not None:
             raise MixheadError(f"{folder} translates and continues no prompt: give it a text (--text).")
         translator = load_translator(folder)
-        return Recorded(record_translation(*translator, named, path, most_tokens=inputs.tokens, about=about))
-    model, tokenizer = store.load_causal_lm(folder)
+        inputs.check(translator[0], *labels)
+        return Recorded(record_translation(*translator, named, path, most_tokens=inputs.tokens or TOKENS, about=about))
+    model, tokenizer = (store.load_text_model if inputs.prompt is None else store.load_causal_lm)(folder)
+    inputs.check(model, *labels)
     if inputs.prompt is not None:
         written = record_writing(model, tokenizer, inputs.prompt, path, new_tokens=inputs.tokens, about=about)
         return Recorded(written)
-    return Recorded(record_texts(model, tokenizer, named, path, most_tokens=inputs.tokens, about=about))
+    return Recorded(record_texts(model, tokenizer, named, path, most_tokens=inputs.tokens or TOKENS, about=about))
 
 
 def model_name(source: str) -> str:
@@ -163,7 +206,7 @@ def name_and_text(given: str) -> tuple[str, list[str]]:
     return name, text_source(text if equals else given, "test")
 
 
-def named_layer(contents: Contents, name: str) -> str:
+def named_layer(layers: Sequence[str], name: str) -> str:
     """The layer of that name, long or short.
 
     Raises:
@@ -171,7 +214,6 @@ def named_layer(contents: Contents, name: str) -> str:
     """
     from mixhead.recording.names import short_names
 
-    layers = contents.recording.layers
     known = {**{layer: layer for layer in layers}, **dict(zip(short_names(layers), layers, strict=True))}
     if name not in known:
         raise MixheadError(f"No layer {name!r} routes: choose one of {', '.join(short_names(layers))}.")

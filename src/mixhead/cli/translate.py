@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,8 @@ from typing import Annotated, TextIO
 import typer
 from rich.table import Table
 
-from mixhead.cli.common import DTYPE_HELP, console
+from mixhead.cli.common import DTYPE_HELP, OVERWRITE_HELP, check_new_folder, console
 from mixhead.errors import MixheadError
-from mixhead.files import writing
 from mixhead.tasks.translation.config import TranslateConfig
 
 DEFAULTS = TranslateConfig()
@@ -94,17 +94,19 @@ def vocabulary(
     data: Annotated[str | None, typer.Option(help="Train on sentence pairs instead. " + PAIRS_HELP)] = None,
     languages: Annotated[tuple[str, str], typer.Option(help=LANGUAGES_HELP)] = ("en", "de"),
     size: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = 32_768,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE_HELP)] = False,
 ) -> None:
     """Trains a vocabulary of subwords (byte-level BPE) for `vocabulary: FOLDER` of a recipe."""
     from mixhead.data.sentence_pairs import read_pairs
-    from mixhead.data.vocabulary import lines_of, train_vocabulary
+    from mixhead.data.vocabulary import lines_to_learn, train_vocabulary
 
     if (data is None) == (not files):
         raise MixheadError("Give either text files or --data.")
+    check_new_folder(folder, overwrite=overwrite)
     if data is not None:
         texts: Iterator[str] = (side for pair in read_pairs(data, "train", languages) for side in pair)
     else:
-        texts = lines_of(files or [])
+        texts = itertools.chain.from_iterable(lines_to_learn(file) for file in files or [])
     tokenizer = train_vocabulary(texts, size)
     tokenizer.save_pretrained(folder)
     console.print(f"A vocabulary of {len(tokenizer):,} tokens is in {folder}.", markup=False, highlight=False)
@@ -114,11 +116,13 @@ def pairs(
     folder: Annotated[Path, typer.Argument(help="Folder for train.tsv, validation.tsv and test.tsv.")],
     data: Annotated[str, typer.Option(help=PAIRS_HELP)] = PAIRS,
     languages: Annotated[tuple[str, str], typer.Option(help=LANGUAGES_HELP)] = ("en", "de"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE_HELP)] = False,
 ) -> None:
     """Writes sentence pairs as files, to read or to use elsewhere; no page stands in two parts."""
     from mixhead.data.aligned_pages import PARTS
     from mixhead.data.sentence_pairs import read_pairs, write_pairs
 
+    check_new_folder(folder, overwrite=overwrite)
     for part in PARTS:
         count = write_pairs(read_pairs(data, part, languages), folder / f"{part}.tsv")
         console.print(f"{folder / part}.tsv: {count:,} pairs", markup=False, highlight=False)
@@ -158,6 +162,8 @@ def _standard_input() -> Iterator[str]:
 
 @contextmanager
 def _opened(path: Path | None) -> Iterator[TextIO]:
+    from mixhead.files import writing
+
     if path is None:
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         yield sys.stdout

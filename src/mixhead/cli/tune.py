@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console
+from mixhead.cli.common import MODEL_HELP, TEXT_HELP, WINDOW_HELP, console
 from mixhead.tasks.language_modelling.config import TuneConfig
 
 
@@ -15,7 +15,7 @@ def tune(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     run: Annotated[Path, typer.Argument(help="Folder of the run: checkpoints, log.csv and, at the end, the model.")],
     text: Annotated[str, typer.Option(help="Text to tune on. " + TEXT_HELP)] = "addresses:train",
-    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    window: Annotated[int | None, typer.Option(min=2, help=WINDOW_HELP)] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = TuneConfig.tokens,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")] = TuneConfig.batch_size,
     gradient_accumulation: Annotated[

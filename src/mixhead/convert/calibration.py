@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixhead.convert.batches import Batch, checked_batches
 from mixhead.convert.budget import share_out
 from mixhead.convert.refit import OutputSums
 from mixhead.convert.statistics import LayerFit, LossSums, Means, ScoreSums, Statistics
-from mixhead.convert.subject import Subject, subject_of
+from mixhead.convert.subject import Subject, marked_calibrated, subject_of
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import AttentionSite
 from mixhead.modes import autocast_to, evaluation_mode
@@ -30,7 +31,6 @@ from mixhead.routing import LayerHeads, grouped_top_k_mask
 
 logger = logging.getLogger(__name__)
 
-Batch = Tensor | Mapping[str, Any]
 OnProgress = Callable[[int, int], None]
 
 
@@ -147,21 +147,21 @@ def calibrate(
 
     Args:
         model: converted by `mixhead.convert` with the "linear" router; changed in place.
-        batches: what the model is to be fitted to: token ids [B, N], or the model's keyword arguments (for a DiT those
-            of `noised_batches`). Padding (by `attention_mask`) does not count. They are kept in a list, since they are
+        batches: what the model is to be fitted to: tensors of its main input, as token ids [B, N] or pixel values
+            [B, C, Y, X]; or mappings of its keyword arguments (for a DiT those of `noised_batches`).
+            Padding (by `attention_mask`) does not count. They are kept in a list, since they are
             gone through more than once.
         config: how; the defaults suit a language model.
         on_progress: called with (steps done, all steps).
 
     Raises:
-        MixheadError: where the model has no linear routers, or batches are missing or give NaN.
+        MixheadError: where the model has no linear routers, or batches are missing, do not fit it, or give NaN.
     """
     config = CalibrationConfig() if config is None else config
     subject = subject_of(model)
-    kept = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in batches]
-    if not kept:
-        raise MixheadError("batches is empty: calibration needs at least one batch of real inputs.")
-    return Calibration(subject, kept, config, on_progress).run()
+    kept = checked_batches(model, batches)
+    with marked_calibrated(subject):
+        return Calibration(subject, kept, config, on_progress).run()
 
 
 class Calibration:

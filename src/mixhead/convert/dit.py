@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixhead.convert.config import MoHConfig
 from mixhead.errors import MixheadError
+from mixhead.models.calibrated import WARNED, learned_routers
 from mixhead.models.hugging_face import AttentionSite, place_of
 from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig
 from mixhead.nn import MixtureOfHeadAttention
@@ -32,6 +33,7 @@ def convert_dit(model: MoHDiT, config: MoHConfig) -> MoHDiT:
     for index, routes in enumerate(model.config.routes):
         if routes:
             attach_dit_router(model, index)
+    model.config = replace(model.config, calibrated=not learned_routers(model))
     return model
 
 
@@ -41,7 +43,8 @@ def revert_dit(model: MoHDiT) -> MoHDiT:
         raise MixheadError("This DiT is dense, so there is nothing to revert.")
     for _, attention in model.named_attention():
         attention.remove_router()
-    model.config = replace(model.config, shared_heads=None, top_k=None, router="two_stage")
+    vars(model).pop(WARNED, None)
+    model.config = replace(model.config, shared_heads=None, top_k=None, router="two_stage", calibrated=True)
     return model
 
 

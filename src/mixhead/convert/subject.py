@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from mixhead.convert.dit import dit_sites, set_dit_layer_heads
 from mixhead.convert.swap import set_layer_heads
 from mixhead.errors import MixheadError
+from mixhead.models.calibrated import CALIBRATED
 from mixhead.models.hugging_face import AttentionSite, MoHModelMixin, find_sites
 from mixhead.models.moh_dit import MoHDiT
 from mixhead.routing import LayerHeads
@@ -50,6 +52,10 @@ class Subject(ABC):
     groups: list[int]
 
     @abstractmethod
+    def mark_calibrated(self, calibrated: bool) -> None:
+        """Notes in the model's configuration whether its routers were fitted."""
+
+    @abstractmethod
     def set_heads(self, index: int, heads: LayerHeads) -> None:
         """Gives the layer at an index other heads, with a fresh router."""
 
@@ -74,6 +80,10 @@ class ConvertedModel(Subject):
         self.heads = [LayerHeads(**layer) for layer in model.config.moh["layers"]]
         balanced = model.config.moh["group_balanced"]
         self.groups = [site.num_key_value_heads if balanced else 1 for site in self.sites]
+
+    def mark_calibrated(self, calibrated: bool) -> None:
+        """See `Subject`."""
+        cast(PreTrainedModel, self.model).config.moh[CALIBRATED] = calibrated
 
     def set_heads(self, index: int, heads: LayerHeads) -> None:
         """See `Subject`."""
@@ -109,6 +119,11 @@ class ConvertedDiT(Subject):
         self.model, self.sites, self.heads = model, dit_sites(model), list(model.config.layers)
         self.groups = [1] * len(self.heads)
 
+    def mark_calibrated(self, calibrated: bool) -> None:
+        """See `Subject`."""
+        model = cast(MoHDiT, self.model)
+        model.config = replace(model.config, calibrated=calibrated)
+
     def set_heads(self, index: int, heads: LayerHeads) -> None:
         """See `Subject`."""
         set_dit_layer_heads(cast(MoHDiT, self.model), index, heads)
@@ -128,6 +143,17 @@ class ConvertedDiT(Subject):
         """See `Subject`."""
         with only_routes(self.sites, "router", routed):
             return self.model(**batch)
+
+
+@contextmanager
+def marked_calibrated(subject: Subject) -> Iterator[None]:
+    """The model counts as calibrated, meanwhile too; after an error it does not."""
+    subject.mark_calibrated(True)
+    try:
+        yield
+    except BaseException:
+        subject.mark_calibrated(False)
+        raise
 
 
 @contextmanager

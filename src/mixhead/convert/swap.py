@@ -14,6 +14,7 @@ from mixhead.convert.config import MoHConfig
 from mixhead.convert.dit import convert_dit, revert_dit
 from mixhead.convert.jetmoe import convert_jetmoe
 from mixhead.errors import MixheadError
+from mixhead.models.calibrated import CALIBRATED, WARNED, learned_routers
 from mixhead.models.hugging_face import (
     AttentionSite,
     MoHModelMixin,
@@ -82,6 +83,7 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
     except Exception:
         revert(model)
         raise
+    model.config.moh[CALIBRATED] = not learned_routers(model)
     return model
 
 
@@ -125,5 +127,6 @@ def revert(model: Any) -> Any:
     take_own_configuration(model, model.config.base_config_class)
     del model.config.moh
     model.__class__ = model.base_model_class
+    vars(model).pop(WARNED, None)
     model.set_attn_implementation(original_attention)
     return model

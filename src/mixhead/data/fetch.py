@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 from mixhead.errors import MixheadError
-from mixhead.files import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +110,8 @@ def fetch(name: str, say: Callable[[str], None] = logger.info) -> Path:
         return folder
     source = SOURCES[name]
     folder.parent.mkdir(parents=True, exist_ok=True)
+    from mixhead.files import scratch_folder  # it loads safetensors, and every verb loads this file
+
     with scratch_folder(folder) as work:
         parts = work / "data"
         parts.mkdir()

@@ -1,24 +1,18 @@
-"""Text for language models: the addresses that come with the package, or a file of one's own, cut into token windows.
-
-Shape legend of this file: W windows, T tokens in one window.
-"""
+"""Text for language models: the addresses that come with the package, or a file of one's own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import lzma
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
+from mixhead.data.records import RECORDS, documents_of
 from mixhead.errors import MixheadError
 
 Split = Literal["train", "calibration", "validation", "test"]
@@ -89,8 +83,9 @@ def text_source(source: str | Path, split: Split = "train") -> list[str]:
 
     Args:
         source: "addresses" (the part named by `split`), "addresses:test" (the part named here), or the path of a text
-            file, which is one document and is taken whole: evaluate on another file than the one you tune on. A file
-            that is itself called "addresses" is reached as "./addresses".
+            file, which is one document and is taken whole: evaluate on another file than the one you tune on. A file of
+            records (.jsonl, .ndjson, .json, .csv) has a document in the field `text` of each, or in the field that
+            "FILE:FIELD" names. A file that is itself called "addresses" is reached as "./addresses".
         split: the part where `source` has a name and says none.
 
     Raises:
@@ -99,64 +94,12 @@ def text_source(source: str | Path, split: Split = "train") -> list[str]:
     name, colon, part = str(source).partition(":")
     if name in NAMED:
         return NAMED[name](_checked_split(part) if colon else split)
+    file, _, field = str(source).rpartition(":")
+    if Path(file).suffix.lower() in RECORDS and not Path(source).exists():
+        return documents_of(Path(file), read_text_file(file), field)
+    if Path(source).suffix.lower() in RECORDS:
+        return documents_of(Path(source), read_text_file(source))
     return [read_text_file(source)]
-
-
-def token_windows(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    window: int,
-    limit: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Cuts texts into consecutive windows of tokens; the rest at the end that fills no window is dropped.
-
-    The texts are joined by the tokenizer's end-of-sequence token, where it has one; no other special tokens are added.
-
-    Args:
-        tokenizer: of the model.
-        texts: documents.
-        window: T, tokens in a window, at least 2.
-        limit: at most so many windows, spread evenly over all of the text (a prefix would show a single era); None
-            takes all of them.
-        on_progress: called with (documents done, all documents) while tokenizing.
-
-    Returns:
-        ids_WT, int64 [W, T] with W >= 1, in the order of the text.
-
-    Raises:
-        MixheadError: where the text is shorter than one window or a number is too small.
-    """
-    if window < 2:
-        raise MixheadError(f"window must be at least 2 tokens, one to read and one to predict, but it is {window}.")
-    if limit is not None and limit < 1:
-        raise MixheadError(f"limit must be at least 1 window, or None for all of them, but it is {limit}.")
-    stream = _token_stream(tokenizer, texts, on_progress)
-    count = stream.numel() // window
-    if count == 0:
-        raise MixheadError(
-            f"The text has {stream.numel():,} tokens, fewer than one window of {window:,}; "
-            f"give a longer text or a smaller window."
-        )
-    ids_WT = stream[: count * window].view(count, window)
-    if limit is None or limit >= count:
-        return ids_WT
-    return ids_WT[torch.arange(limit) * count // limit]
-
-
-def _token_stream(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], on_progress: Callable[[int, int], None] | None
-) -> Tensor:
-    """All tokens one after the other, int64 [tokens]."""
-    separator = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
-    ids: list[int] = []
-    for done, text in enumerate(texts, start=1):
-        if done > 1:
-            ids += separator
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if on_progress is not None:
-            on_progress(done, len(texts))
-    return torch.tensor(ids, dtype=torch.int64)
 
 
 # Texts with a name and parts.

@@ -9,6 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mixhead.data.records import RECORDS
+from mixhead.data.text import text_source
 from mixhead.errors import MixheadError
 from mixhead.models.moa import MoAConfig
 
@@ -60,22 +62,27 @@ def train_vocabulary(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast
 
 
 def load_vocabulary(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder.
+    """The tokenizer in a folder, for sentences that end.
 
     Raises:
         MixheadError: where there is none, or it lacks padding or an end token.
     """
+    tokenizer = read_vocabulary(folder)
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise MixheadError(f"The vocabulary in {folder} has no padding token or no end token.")
+    return tokenizer
+
+
+def read_vocabulary(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; raises where there is none."""
     if not Path(folder).is_dir():
         raise MixheadError(
             f"There is no folder {folder}: give that of a trained model, or of a vocabulary (`mixhead vocabulary`)."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MixheadError(f"The vocabulary in {folder} cannot be read ({error}).") from error
-    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
-        raise MixheadError(f"The vocabulary in {folder} has no padding token or no end token.")
-    return tokenizer
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -100,6 +107,13 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, text: str) -> float:
     """How much of a text a token holds, on average; near 1 where the vocabulary never saw its language."""
     tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return len(text.encode()) / max(tokens, 1)
+
+
+def lines_to_learn(path: Path) -> Iterator[str]:
+    """The lines of a text file; of a file of records those of their field `text`, see `text_source`."""
+    if path.suffix.lower() not in RECORDS:
+        return lines_of([path])
+    return (line for document in text_source(path) for line in document.splitlines())
 
 
 def lines_of(paths: Iterable[Path]) -> Iterator[str]:

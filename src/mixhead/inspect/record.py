@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,20 +13,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mixhead.data.image_files import SUFFIXES, read_image
+from mixhead.data.image_files import SUFFIXES, image_files, read_image
 from mixhead.data.token_text import pieces_of
+from mixhead.data.windows import document_windows, prompt_ids
 from mixhead.errors import MixheadError
+from mixhead.models.context import check_ids, window_for
 from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.recording import Recording, RoutingLog, record_routing
 from mixhead.tasks.image_generation.sampling import class_names, sample_images
 from mixhead.tasks.image_generation.sampling_config import SamplingConfig
 from mixhead.tasks.translation.config import TranslateConfig
-from mixhead.tasks.translation.translate import clean, split_long
+from mixhead.tasks.translation.translate import clean, most_new_tokens, room_for_source, split_long
 
 if TYPE_CHECKING:
     from mixhead.models.moh_dit import MoHDiTPipeline
 
 LONGEST = 2048  # tokens of one window
+NEW_TOKENS = 100
 
 
 @torch.inference_mode()
@@ -41,7 +45,7 @@ def record_texts(
     """Reads texts with a model and writes what each token used.
 
     Args:
-        model: a causal language model that routes.
+        model: a language model that routes.
         tokenizer: of the model.
         texts: documents by the name of what they belong to; tokens of several names are labelled `text`.
         path: NAME of the recording.
@@ -49,18 +53,20 @@ def record_texts(
         about: what the recording shall remember.
 
     Raises:
-        MixheadError: where a text holds no token.
+        MixheadError: where a text holds no token, or one that the model does not know.
     """
-    ids_by_name = {name: _ids(tokenizer, name, documents, most_tokens) for name, documents in texts.items()}
+    window = window_for([model], None, LONGEST)
+    windows = {name: _windows(tokenizer, name, documents, window, most_tokens) for name, documents in texts.items()}
+    for ids_1N in itertools.chain.from_iterable(windows.values()):
+        check_ids(model, ids_1N)
     with record_routing(model, path) as log:
         log.about.update({**heads_that_do_not_route(model), **(about or {})})
-        for name, documents in ids_by_name.items():
+        for name, of_name in windows.items():
             with log.labelled(**({"text": name} if len(texts) > 1 else {})):
-                for ids in documents:
-                    for start in range(0, len(ids), LONGEST):
-                        model(input_ids=torch.tensor([ids[start : start + LONGEST]]), use_cache=False)
+                for ids_1N in of_name:
+                    model(input_ids=ids_1N.to(model.device), use_cache=False)
         _name_tokens(
-            log, tokenizer, (token for documents in ids_by_name.values() for ids in documents for token in ids)
+            log, tokenizer, (token for of in windows.values() for ids_1N in of for token in ids_1N[0].tolist())
         )
     return Recording(path)
 
@@ -73,23 +79,27 @@ def heads_that_do_not_route(model: nn.Module) -> dict[str, int]:
     return {"dense_heads": sum(of["num_heads"] for of in layers if of["active_heads"] == of["num_heads"])}
 
 
-def _sentences(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[str]:
+def _sentences(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], most_tokens: int) -> Iterator[str]:
     """Lines, cut behind the ends of sentences, none too long to be translated."""
     for document in documents:
         for sentence in re.split(r"(?<=[.!?])\s+|\n", document):
-            yield from split_long(tokenizer, clean(sentence), TranslateConfig().max_source_tokens)
+            yield from split_long(tokenizer, clean(sentence), most_tokens)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, name: str, documents: Iterable[str], most: int) -> list[list[int]]:
-    """The tokens of the first documents, `most` in all."""
-    found: list[list[int]] = []
-    left = most
-    for text in documents:
-        ids = tokenizer(text, verbose=False)["input_ids"][:left]
-        left -= len(ids)
-        if ids:
-            found.append(ids)
-        if left <= 0:
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, name: str, documents: Iterable[str], window: int, most: int
+) -> list[Tensor]:
+    """The first windows of the documents, int64 [1, N] each, `most` tokens in all."""
+    return _first_tokens(name, (ids for text in documents for ids in document_windows(tokenizer, text, window)), most)
+
+
+def _first_tokens(name: str, parts: Iterable[list[int]], most: int) -> list[Tensor]:
+    """The first parts, `most` tokens in all, int64 [1, N] each."""
+    found: list[Tensor] = []
+    for ids in parts:
+        found.append(torch.tensor([ids[:most]]))
+        most -= len(ids)
+        if most <= 0:
             break
     if not found:
         raise MixheadError(f"The text {name!r} holds no token: give one that says something.")
@@ -103,16 +113,25 @@ def record_writing(
     prompt: str,
     path: Path,
     *,
-    new_tokens: int = 100,
+    new_tokens: int | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Recording:
     """Lets a model continue a prompt and writes what each token used, those of the prompt too.
 
     The last token that it writes has used no head yet, so it is not part of the recording.
+
+    Args:
+        model: a causal language model that routes.
+        tokenizer: of the model.
+        prompt: the text to continue.
+        path: NAME of the recording.
+        new_tokens: how many to write, at most; None for 100, or as many as there is room for.
+        about: what the recording shall remember.
+
+    Raises:
+        MixheadError: where the prompt holds no token, or the model has no room for it and the new tokens.
     """
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].shape[1] == 0:
-        raise MixheadError("The prompt holds no token: give one that says something.")
+    inputs, new_tokens = prompt_ids(model, tokenizer, prompt, new_tokens, NEW_TOKENS)
     with record_routing(model, path) as log:
         log.about.update({**heads_that_do_not_route(model), **(about or {})})
         ids_BN = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
@@ -143,19 +162,28 @@ def record_translation(
     Raises:
         MixheadError: where a text holds no token.
     """
-    ids_by_name = {
-        name: _ids(tokenizer, name, _sentences(tokenizer, documents), most_tokens) for name, documents in texts.items()
+    longest = room_for_source(model, TranslateConfig().max_source_tokens)
+    lines_by_name = {
+        name: _first_tokens(
+            name,
+            (tokenizer(text, verbose=False)["input_ids"] for text in _sentences(tokenizer, documents, longest)),
+            most_tokens,
+        )
+        for name, documents in texts.items()
     }
     seen: set[int] = set()
     with record_routing(model, path) as log:
         log.about.update({**heads_that_do_not_route(model), **(about or {})})
-        for name, lines in ids_by_name.items():
+        for name, lines in lines_by_name.items():
             with log.labelled(**({"text": name} if len(texts) > 1 else {})):
-                for ids in lines:
+                for ids_1N in lines:
                     out_1N = model.generate(
-                        input_ids=torch.tensor([ids]), num_beams=1, do_sample=False, max_new_tokens=2 * len(ids) + 16
+                        input_ids=ids_1N.to(model.device),
+                        num_beams=1,
+                        do_sample=False,
+                        max_new_tokens=most_new_tokens(model, ids_1N.shape[1]),
                     )
-                    seen |= {*ids, *out_1N[0].tolist()}
+                    seen |= {*ids_1N[0].tolist(), *out_1N[0].tolist()}
         _name_tokens(log, tokenizer, seen)
     return Recording(path)
 
@@ -232,7 +260,9 @@ def picture_files(folder: Path, most_of_each: int = 50) -> dict[Path, str]:
     """
     if folder.is_file():
         return {folder: ""}
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES]
+    if not folder.is_dir():
+        raise MixheadError(f"There is no picture or folder of pictures {folder}.")
+    files = image_files(folder)
     by_class: dict[str, list[Path]] = {}
     for file in files:
         by_class.setdefault("" if file.parent == folder else file.relative_to(folder).parts[0], []).append(file)

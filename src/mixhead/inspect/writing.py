@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from mixhead.data.token_text import pieces_of, readable
-from mixhead.errors import MixheadError
+from mixhead.data.windows import prompt_ids
 from mixhead.recording import ExactLog, keep_routing
 
 
@@ -54,11 +54,9 @@ def stream(
     The iterator must not be left before its end without being closed: it then stops the model.
 
     Raises:
-        MixheadError: where the prompt holds no token.
+        MixheadError: where the prompt holds no token, or more than the model has positions.
     """
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].shape[1] == 0:
-        raise MixheadError("The prompt holds no token: write something.")
+    inputs, new_tokens = prompt_ids(model, tokenizer, prompt, None, new_tokens)
     written = Written(prompt=inputs["input_ids"].shape[1])
     streamer, stop, pieces = _Queue(), threading.Event(), list[str]()
 

@@ -42,10 +42,8 @@ def plot(
     Raises:
         MixheadError: where there is no such figure, or it cannot be drawn of this recording.
     """
-    name = figure or ("loads" if by is None else "groups")
-    if name not in FIGURES:
-        raise MixheadError(f"There is no figure {name!r}: choose one of {', '.join(FIGURES)}.")
-    FIGURES[name](contents, file, by, layer)
+    check_figure(file, figure)
+    FIGURES[figure or ("loads" if by is None else "groups")](contents, file, by, layer)
 
 
 def plot_load_by(contents: Contents, label: str, file: Path, layer: str | None = None, most: int = 8) -> None:
@@ -211,6 +209,13 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         return float("nan")
+
+
+def check_figure(file: Path, figure: str | None) -> None:
+    """Raises where there is no figure of that name, or none can be written under the name of the file."""
+    if figure is not None and figure not in FIGURES:
+        raise MixheadError(f"There is no figure {figure!r}: choose one of {', '.join(FIGURES)}.")
+    check_picture(file)
 
 
 def check_picture(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from mixhead.report.statistics import in_words
 
 # From light to full, so that the map can be read without colours too.
 SHADES = " ░▒▓█"
+JOINERS = "\u200c\u200d"  # inside words and emoji
 WIDEST = 6  # characters of a column
 COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#8c9eff", "#bbbbbb")
 
@@ -92,4 +94,9 @@ def digits(heads: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.intp]]) -> 
 
 def printable(piece: str) -> str:
     """A piece without what would move the cursor of a terminal."""
-    return "".join(c if c.isprintable() else {"\n": "↵", "\t": "⇥"}.get(c, "�") for c in piece)
+    return "".join(c if stays_in_place(c) else {"\n": "↵", "\t": "⇥"}.get(c, "�") for c in piece)
+
+
+def stays_in_place(sign: str) -> bool:
+    """Whether a character is shown and nothing else; so are those that this Python knows nothing of, and joiners."""
+    return sign.isprintable() or sign in JOINERS or unicodedata.category(sign) in ("Co", "Cn")

@@ -19,6 +19,7 @@ from mixhead.tasks.masked_lm import train as masked_lm
 from mixhead.tasks.masked_lm.train import MaskedLMConfig
 from mixhead.tasks.translation import train as translation
 from mixhead.tasks.translation.train import TranslationConfig
+from mixhead.training.folder import check_new_run
 from mixhead.training.former import todays_keys
 from mixhead.training.recipes import Recipe, settings_from
 from mixhead.training.run import Task, TrainingResult, train
@@ -74,5 +75,7 @@ def train_recipe(recipe: Recipe, run: Path, *, resume: bool = False) -> Training
         KeyboardInterrupt: after Ctrl-C, when the running step has ended and a checkpoint is written.
     """
     task = task_of(recipe)
+    if not resume:
+        check_new_run(run)
     trainer = task.build(settings_of(recipe), run)
     return train(trainer, recipe.task, resume, measure=task.measure)

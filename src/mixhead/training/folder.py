@@ -7,12 +7,13 @@ again. `fingerprint.json` holds what is no setting: the number of processes, wha
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from accelerate.utils import broadcast_object_list
@@ -72,14 +73,23 @@ def _steps_done(run: Path) -> int:
     return step_of(complete[-1])
 
 
+def check_new_run(run: Path) -> None:
+    """Raises where a folder holds a run, before models and data are read; of several processes the first one asks."""
+    if os.environ.get("RANK", "0") == "0" and ((run / MANIFEST).is_file() or former_manifest(run) is not None):
+        refuse_run(run)
+
+
+def refuse_run(run: Path) -> NoReturn:
+    """Raises: the run in a folder shall not be continued."""
+    raise MixheadError(f"{run} holds a run already: continue it with resume=True (--resume), or give another folder.")
+
+
 def _begin(trainer: RunTrainer[Any], task: str, resume: bool) -> bool:
     """Checks the folder and writes what is asked for into it; whether to compute in bfloat16."""
     run, config = trainer.run_folder, trainer.config
     before = _asked_before(run, task, type(config))
     if before and not resume:
-        raise MixheadError(
-            f"{run} holds a run already: continue it with resume=True (--resume), or give another folder."
-        )
+        refuse_run(run)
     bfloat16 = config.precision == "bfloat16"
     if before and config.precision == "auto":
         bfloat16 = before["precision"] == "bfloat16"

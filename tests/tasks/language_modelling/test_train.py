@@ -395,7 +395,7 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path):
     model, run = original(), tmp_path / "run"
     with pytest.raises(MixheadError, match="int64"):
         tune(model, windows().float(), SMALL, run)
-    with pytest.raises(MixheadError, match="holds the token 61, but the model knows 0 to 60"):
+    with pytest.raises(MixheadError, match="holds the token 61, but LlamaForCausalLM knows 0 to 60"):
         tune(model, windows() + 1 + windows().max().neg() + VOCABULARY - 1, SMALL, run)
     with pytest.raises(MixheadError, match="needs a teacher"):
         tune(model, windows(), replace(SMALL, distillation_weight=0.5), run)

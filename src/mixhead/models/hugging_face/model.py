@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from mixhead.errors import MixheadError
+from mixhead.models.calibrated import CALIBRATED, trained_or_warned_of, warn_of_random_heads
 from mixhead.models.hugging_face.attention import ATTENTION, ATTENTION_OF_EAGER
 from mixhead.models.hugging_face.balance import balance_term, carried
 from mixhead.models.hugging_face.call import Call, StandIn, carrying_calls, running
@@ -73,6 +74,12 @@ class MoHModelMixin:
             )
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; says where the routers would be saved as random as they are."""
+        if not self.config.moh.get(CALIBRATED, True):
+            warn_of_random_heads(self, self.config.moh["router"])
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         """Refused: under any other attention function all heads would run, and nobody would notice."""
         names = attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
@@ -116,6 +123,8 @@ def forward_with_balance_loss(base_forward: Callable[..., Any]) -> Callable[...,
                 "it skips. Call it without output_attentions, or call mixhead.revert on it first."
             )
         mask_BN = real_decoder_tokens_BN(kwargs) if self.config.is_encoder_decoder else None
+        if not torch.compiler.is_compiling() and not self.config.moh.get(CALIBRATED, True):
+            self.config.moh[CALIBRATED] = trained_or_warned_of(self, self.config.moh["router"])
         if not self.training:
             with running(Call(routing_trace, mask_BN, head_attention_impl, stand_in)):
                 return base_forward(self, *args, **kwargs)

@@ -40,6 +40,7 @@ class MoHDiTConfig:
         mlp_norm_eps: of the norm before the MLP; 1e-6 in the published code, 1e-5 in diffusers' DiT.
         frequency_shift: the frequencies of the time embedding fall to 1 / 10000 at number 128 (0, as published) or 127
             (1, diffusers' DiT).
+        calibrated: False from the conversion of a dense DiT until its routers are calibrated or trained.
     """
 
     sample_size: int = 32
@@ -59,6 +60,7 @@ class MoHDiTConfig:
     qkv_bias: bool = True
     mlp_norm_eps: float = 1e-6
     frequency_shift: int = 0
+    calibrated: bool = True
 
     def __post_init__(self) -> None:
         self._check_sizes()

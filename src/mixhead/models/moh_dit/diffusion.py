@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from mixhead.errors import MixheadError, first_line
+from mixhead.models.calibrated import warn_of_random_heads
 from mixhead.models.moh_dit.configuration import MoHDiTConfig
 from mixhead.models.moh_dit.modeling import MoHDiT, rename_former_weights
 from mixhead.routing import Routing
@@ -68,6 +69,7 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin):
         qkv_bias: bool = True,
         mlp_norm_eps: float = 1e-6,
         frequency_shift: int = 0,
+        calibrated: bool = True,
         norm_type: str = POISON,
     ) -> None:
         super().__init__()
@@ -106,6 +108,13 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin):
         sample, routing = self.dit(hidden_states, timestep, class_labels, return_routing=True)
         output = MoHDiTOutput(sample=sample, routing=routing if output_routing else None)
         return output if return_dict else output.to_tuple()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; says where the routers would be saved as random as they are."""
+        if not self.dit.config.calibrated:
+            warn_of_random_heads(self.dit, self.dit.config.router)
+        self.register_to_config(calibrated=self.dit.config.calibrated)
+        super().save_pretrained(*args, **kwargs)
 
     def _fix_state_dict_keys_on_load(self, state_dict: Any) -> None:
         """Called by diffusers with the weights that it has read."""

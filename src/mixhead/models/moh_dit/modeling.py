@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixhead.errors import MixheadError
+from mixhead.models.calibrated import trained_or_warned_of
 from mixhead.models.moh_dit.configuration import MoHDiTConfig
 from mixhead.nn import MixtureOfHeadAttention
 from mixhead.routing import Routing, router_kind
@@ -165,6 +167,8 @@ class MoHDiT(nn.Module):
             MixheadError: where a shape or a class does not fit the model.
         """
         self.check_inputs(x, t, y)
+        if not self.config.calibrated and not torch.compiler.is_compiling():
+            self.config = replace(self.config, calibrated=trained_or_warned_of(self, self.config.router))
         # Token by token in memory, or every norm would copy.
         hidden_BNC = self.patch_embed(x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
         condition_BC = F.silu(self.embed_time(t.expand(x.shape[0])) + self.class_embed(y))

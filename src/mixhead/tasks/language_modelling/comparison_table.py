@@ -85,14 +85,21 @@ class Comparison:
         """The headings."""
         tuning = ("tuning tokens",) if self.knows_tuning else ()
         ratio = "x original, same tokens" if self.knows_tuning else "x first model"
-        return ("model", "heads active", *tuning, "perplexity", ratio, "cloze", "choice of 4", "wall time")
+        bits = () if self.same_windows else ("bits per byte",)
+        return ("model", "heads active", *tuning, "perplexity", *bits, ratio, "cloze", "choice of 4", "wall time")
+
+    @property
+    def same_windows(self) -> bool:
+        """Whether all models were given the same windows; perplexities of other tokenizers cannot be compared."""
+        return len({row.perplexity.windows for row in self.rows}) <= 1
 
     def base_of(self, row: Row) -> Row | None:
-        """The original tuned on the same number of tokens, or None where the table has none."""
-        if not self.knows_tuning:
-            return next((other for other in self.rows if other.original), None)
-        matching = (other for other in self.rows if other.original and other.tuning_tokens == row.tuning_tokens)
-        return next(matching, None)
+        """The original tuned on the same number of tokens, or None where the table has none on the same windows."""
+        originals = [other for other in self.rows if other.original]
+        if self.knows_tuning:
+            originals = [other for other in originals if other.tuning_tokens == row.tuning_tokens]
+        base = next(iter(originals), None)
+        return base if base is not None and base.perplexity.windows == row.perplexity.windows else None
 
     def ratio(self, row: Row) -> float | None:
         """The row's perplexity over that of the original tuned on the same tokens; None where there is none."""
@@ -118,6 +125,7 @@ class Comparison:
                 row.heads_active,
                 *((f"{row.tuning_tokens:,}",) if self.knows_tuning else ()),
                 f"{row.perplexity.perplexity:.2f}",
+                *(() if self.same_windows else (f"{row.perplexity.bits_per_byte:.3f}",)),
                 self.ratio_text(row),
                 "—" if row.cloze is None else str(row.cloze),
                 "—" if row.choice is None else str(row.choice),
@@ -136,7 +144,12 @@ class Comparison:
     def to_json(self) -> str:
         """Everything that was measured, unrounded, with perplexity and ratio spelled out in each row."""
         rows = [
-            {**dataclasses.asdict(row), "perplexity_value": row.perplexity.perplexity, "ratio": self.ratio(row)}
+            {
+                **dataclasses.asdict(row),
+                "perplexity_value": row.perplexity.perplexity,
+                "bits_per_byte": row.perplexity.bits_per_byte if row.perplexity.bytes else None,
+                "ratio": self.ratio(row),
+            }
             for row in self.rows
         ]
         return json.dumps({"title": self.title, "rows": rows, "notes": list(self.notes)}, indent=2) + "\n"

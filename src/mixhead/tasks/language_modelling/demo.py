@@ -16,16 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead import store
 from mixhead.convert import CalibrationConfig, MoHConfig, calibrate, convert
-from mixhead.data.text import text_source, token_windows
+from mixhead.data.text import text_source
+from mixhead.data.windows import prompt_ids, token_windows
 from mixhead.precision import autocast_dtype
 from mixhead.recording import keep_routing
 from mixhead.tasks.language_modelling.comparison_table import Comparison, Row
+from mixhead.tasks.language_modelling.config import WINDOW
 from mixhead.tasks.language_modelling.demo_config import DemoConfig
 from mixhead.tasks.language_modelling.evaluate import heads_of, perplexity
 from mixhead.tasks.language_modelling.lm_eval_tasks import evaluate_tasks, write_tasks
 from mixhead.tasks.language_modelling.train import TuneConfig, tune
 
-WINDOW = 512
 PROMPT = "My fellow Americans, the state of the Union is"
 
 OnProgress = Callable[[int, int], None]
@@ -153,7 +154,7 @@ class Demo:
 
     def write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, title: str) -> str:
         """A paragraph, always the likeliest token with a mild penalty on repetition."""
-        inputs = tokenizer(PROMPT, return_tensors="pt")
+        inputs, _ = prompt_ids(model, tokenizer, PROMPT, self.config.new_tokens, self.config.new_tokens)
         with self.bar(title) as on_progress, torch.inference_mode():
             counter = Counter(on_progress, self.config.new_tokens)
             ids = model.generate(

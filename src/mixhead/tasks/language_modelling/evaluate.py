@@ -5,6 +5,7 @@ Shape legend of this file: W windows, B windows in one batch, T tokens in one wi
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mixhead.data.windows import Windows
 from mixhead.errors import MixheadError
 from mixhead.intervals import MOST_FREEDOM, Floats, mean_band, share_band, t_quantile
+from mixhead.models.context import check_ids, check_length, check_predicts
 from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.modes import autocast_to, evaluation_mode
 
@@ -28,20 +31,29 @@ class Perplexity:
 
     Attributes:
         mean_nll: mean negative log-likelihood of a predicted token, in nats.
-        tokens: predicted tokens (each window predicts all of its tokens but the first).
+        tokens: predicted tokens (each window predicts all of its tokens but those that are given, the first as a rule).
         seconds: wall time of the measurement.
         window_nll: mean negative log-likelihood of each window, for paired comparisons.
+        bytes: UTF-8 bytes of the predicted text; 0 where it is not known.
+        windows: fingerprint of the windows; measurements of other windows cannot be compared window by window.
     """
 
     mean_nll: float
     tokens: int
     seconds: float
     window_nll: tuple[float, ...] = ()
+    bytes: int = 0
+    windows: str = ""
 
     @property
     def perplexity(self) -> float:
         """exp(mean_nll)."""
         return math.exp(min(self.mean_nll, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """What perplexities of different tokenizers are compared by; NaN where the text is not known."""
+        return self.mean_nll * self.tokens / (math.log(2) * self.bytes) if self.bytes else math.nan
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ class Accuracy:
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
-    windows_WT: Tensor,
+    windows: Tensor | Windows,
     batch_size: int = 4,
     *,
     autocast: torch.dtype | None = None,
@@ -86,15 +98,19 @@ def perplexity(
 
     Args:
         model: maps `input_ids` [B, T] to an output with `.logits` [B, T, V].
-        windows_WT: token ids, int64 [W, T], as `token_windows` makes them.
+        windows: token ids, int64 [W, T], of the model's own tokenizer, as `token_windows` makes them; or what
+            `text_windows` makes, which knows the bytes of the text too.
         batch_size: windows in one forward pass; it changes speed and memory, not the result.
         autocast: a dtype such as torch.bfloat16 for the forward pass; None computes in the model's own. The loss is
             always computed in float32 and summed in float64.
         on_progress: called with (windows done, all windows).
 
     Raises:
-        MixheadError: where the windows have the wrong shape or the model gives NaN or infinity.
+        MixheadError: where the windows have the wrong shape, do not fit the model, or the model gives NaN or infinity;
+            where it sees what it shall predict.
     """
+    text = windows if isinstance(windows, Windows) else Windows(windows, 1, torch.zeros(0))
+    windows_WT = text.ids_WT
     if windows_WT.dim() != 2 or windows_WT.is_floating_point() or windows_WT.size(0) < 1 or windows_WT.size(1) < 2:
         raise MixheadError(
             f"windows_WT must hold token ids as integers of shape [windows, tokens], at least one window of two "
@@ -103,25 +119,38 @@ def perplexity(
     if batch_size < 1:
         raise MixheadError(f"batch_size must be at least 1 window, but it is {batch_size}.")
     count, window = windows_WT.shape
+    check_ids(model, windows_WT)
+    check_length(model, window, "A window")
     device = next(model.parameters()).device
     window_nll: list[float] = []
     start = time.perf_counter()
     with evaluation_mode(model):
+        if isinstance(model, PreTrainedModel):
+            check_predicts(model, windows_WT[0].to(device))
         for ids_BT in windows_WT.split(batch_size):
-            window_nll += _window_nll(model, ids_BT.to(device), autocast, first=len(window_nll))
+            window_nll += _window_nll(model, ids_BT.to(device), autocast, text.given, first=len(window_nll))
             if on_progress is not None:
                 on_progress(len(window_nll), count)
     seconds = time.perf_counter() - start
-    return Perplexity(math.fsum(window_nll) / count, count * (window - 1), seconds, tuple(window_nll))
+    return Perplexity(
+        mean_nll=math.fsum(window_nll) / count,
+        tokens=count * (window - text.given),
+        seconds=seconds,
+        window_nll=tuple(window_nll),
+        bytes=int(text.bytes_W.sum()),
+        windows=hashlib.sha256(windows_WT.cpu().contiguous().numpy().tobytes()).hexdigest(),
+    )
 
 
-def _window_nll(model: nn.Module, ids_BT: Tensor, autocast: torch.dtype | None, first: int) -> list[float]:
+def _window_nll(model: nn.Module, ids_BT: Tensor, autocast: torch.dtype | None, given: int, first: int) -> list[float]:
     """Mean negative log-likelihood of each window of a batch whose first window has the number `first`."""
     with autocast_to(autocast, ids_BT.device):
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     means: list[float] = []
     for row, (ids_T, logits_TV) in enumerate(zip(ids_BT, logits_BTV, strict=True)):
-        nll_T = F.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")  # a window at a time: V is large
+        nll_T = F.cross_entropy(
+            logits_TV[given - 1 : -1].float(), ids_T[given:], reduction="none"
+        )  # a window at a time: V is large
         mean = nll_T.double().mean().item()
         if not math.isfinite(mean):
             raise MixheadError(
@@ -170,6 +199,11 @@ def gap_band(new: Accuracy, base: Accuracy) -> tuple[float, float]:
 
 def _window_gaps(new: Perplexity, base: Perplexity) -> Floats:
     """Differences of the windows' losses, float64 [W]."""
+    if new.windows != base.windows:
+        raise MixheadError(
+            "A paired ratio needs both perplexities on the same windows, but these were cut by different tokenizers or "
+            "from different texts: compare their bits_per_byte."
+        )
     if len(new.window_nll) != len(base.window_nll) or not new.window_nll:
         raise MixheadError(
             f"A paired ratio needs both perplexities on the same windows, but they hold {len(new.window_nll)} and "

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mixhead.data.text import text_source
 from mixhead.errors import MixheadError
 from mixhead.files import write_text
+from mixhead.models.context import positions_of
 from mixhead.modes import evaluation_mode
 from mixhead.tasks.language_modelling.evaluate import Accuracy
 
@@ -136,17 +137,19 @@ def evaluate_tasks(
         raise MixheadError(f"limit must be at least 1 question, or None for all of them, but it is {limit}.")
     directory = Path(directory)
     _require_tasks(directory)
-    _require_lm_eval()
+    require_lm_eval()
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     start = time.perf_counter()
+    positions = positions_of(model)
     with evaluation_mode(model), _random_state_kept():
         with _silenced("lm_eval.models.huggingface"):  # it warns of what `pretrained=model` cannot do, at each call
             language_model = _language_model_class(on_progress)(
                 pretrained=model,
                 tokenizer=tokenizer,
                 backend="causal",
+                max_length=positions.count if positions.fixed else None,
                 batch_size=batch_size,
                 mixed_precision_dtype=autocast,
             )
@@ -164,7 +167,7 @@ def evaluate_tasks(
 
 def main() -> None:
     """lm-eval's own command line; that this module was imported has made converted checkpoints loadable."""
-    _require_lm_eval()
+    require_lm_eval()
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
@@ -279,7 +282,8 @@ def _require_tasks(directory: Path) -> None:
                 )
 
 
-def _require_lm_eval() -> None:
+def require_lm_eval() -> None:
+    """Raises where lm-eval is not installed: asked before long work, not after."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MixheadError(f"Cloze and choice accuracy need lm-eval, which is not installed; run `{_INSTALL}`.")
 

@@ -9,7 +9,7 @@ Shape legend of this file: W windows, T tokens in a window.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,11 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixhead import store
 from mixhead.data.fetch import cache_folder
-from mixhead.data.text import text_source, token_windows
+from mixhead.data.text import text_source
+from mixhead.data.windows import token_windows
 from mixhead.errors import MixheadError
 from mixhead.interop.smollm2 import smollm2_folder
+from mixhead.models.context import check_ids, check_length, check_reads_forward, window_for
 from mixhead.models.hugging_face import MoHModelMixin
-from mixhead.tasks.language_modelling.config import SMOLLM2, LanguageModellingConfig, TuneConfig
+from mixhead.tasks.language_modelling.config import SMOLLM2, WINDOW, LanguageModellingConfig, TuneConfig
 from mixhead.tasks.language_modelling.trainer import TuneTrainer
 from mixhead.training.progress import last_tenth
 from mixhead.training.run import LOG, Metrics, train
@@ -120,9 +122,21 @@ def build(config: LanguageModellingConfig, run: Path) -> TuneTrainer:
     """
     if (config.teacher is None) != (config.distillation_weight == 0.0):
         raise MixheadError("Distillation needs both: give a teacher and a distillation_weight above 0.")
+    documents = text_source(config.text, "train")
     model, tokenizer = store.load_causal_lm(model_folder(config.model))
-    teacher = None if config.teacher is None else store.load_causal_lm(model_folder(config.teacher))[0]
-    windows_WT = token_windows(tokenizer, text_source(config.text, "train"), config.window)
+    check_reads_forward(model)
+    teacher = None
+    if config.teacher is not None:
+        teacher, own = store.load_causal_lm(model_folder(config.teacher))
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise MixheadError(
+                f"{config.teacher} and {config.model} have different tokenizers: distillation needs a teacher that "
+                "reads the same tokens."
+            )
+    models = [model] if teacher is None else [model, teacher]
+    window = window_for(models, config.window, WINDOW)
+    config = replace(config, window=window)
+    windows_WT = token_windows(tokenizer, documents, window)
     return tuner(model, windows_WT, config, run, teacher, tokenizer)
 
 
@@ -172,13 +186,11 @@ def _check_arguments(
             "windows_WT must hold token ids as int64 of shape [windows, tokens], at least one window of two tokens, "
             f"but it is {windows_WT.dtype} of shape {list(windows_WT.shape)}."
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    low, high = int(windows_WT.min()), int(windows_WT.max())
-    if low < 0 or high >= vocabulary:
-        raise MixheadError(
-            f"windows_WT holds the token {low if low < 0 else high}, but the model knows 0 to {vocabulary - 1}: "
-            "cut the text with the model's own tokenizer."
-        )
+    for reader in (model, teacher):
+        if reader is not None:
+            check_ids(reader, windows_WT)
+            check_length(reader, windows_WT.shape[1], "A window")
+            check_reads_forward(reader)
     if config.distillation_weight > 0.0 and teacher is None:
         raise MixheadError(
             f"distillation_weight={config.distillation_weight} needs a teacher: give the original model."

@@ -20,10 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixhead.data.order import SEED_STRIDE, ShuffledRounds
-from mixhead.data.text import NAMED, Split, read_text_file, text_source, token_windows
+from mixhead.data.text import NAMED, Split, read_text_file, text_source
 from mixhead.data.token_batches import RunBatches
-from mixhead.data.vocabulary import check_vocabulary, load_vocabulary, vocabulary_for
+from mixhead.data.vocabulary import check_vocabulary, read_vocabulary, vocabulary_for
+from mixhead.data.windows import check_text, frame_of, token_windows
 from mixhead.errors import MixheadError, first_line
+from mixhead.models.context import check_ids, check_length
 from mixhead.models.moa import MoAEncoderConfig, MoAForMaskedLM
 from mixhead.models.moa.modeling import IGNORED
 from mixhead.settings import Count, Source
@@ -170,7 +172,7 @@ def load_masked_lm(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedToken
     Raises:
         MixheadError: where the folder holds none, or the two do not belong together.
     """
-    tokenizer = load_vocabulary(folder)
+    tokenizer = read_vocabulary(folder)
     if tokenizer.mask_token_id is None:
         raise MixheadError(f"The vocabulary in {folder} has no mask, so its model cannot fill gaps.")
     check_indexes(Path(folder))
@@ -214,10 +216,13 @@ def fill_mask(
     """For every mask in the text the likeliest tokens and their probabilities.
 
     Raises:
-        MixheadError: where the text has no mask.
+        MixheadError: where the text has no mask, or more tokens than the model has positions.
     """
     mask = tokenizer.mask_token
-    ids_1N = torch.tensor([ids_with_masks(tokenizer, text)])
+    check_text(text)
+    ids_1N = torch.tensor([ids_with_masks(tokenizer, text)], dtype=torch.int64)
+    check_ids(model, ids_1N)
+    check_length(model, ids_1N.shape[1])
     places = (ids_1N[0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
     if not places:
         raise MixheadError(f"The text has no gap: write {mask} where a word shall be found.")
@@ -230,7 +235,10 @@ def fill_mask(
 
 
 def ids_with_masks(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[int]:
-    """Token ids of a text; the space before a mask is part of the word that is sought, so it is left out."""
+    """Token ids of a text; the space before a mask is part of the word that is sought, so it is left out.
+
+    A tokenizer that begins texts, as BERT's does, ends them too.
+    """
     mask = tokenizer.mask_token
     parts = [part.strip() for part in text.split(mask)]
     ids: list[int] = []
@@ -239,4 +247,5 @@ def ids_with_masks(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[in
             ids.append(tokenizer.mask_token_id)
         if part:
             ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    begin, end = frame_of(tokenizer)
+    return [*begin, *ids, *end] if begin else ids

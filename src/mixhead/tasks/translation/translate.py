@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, Pre
 
 from mixhead.data.vocabulary import bytes_per_token, check_vocabulary, load_vocabulary
 from mixhead.errors import MixheadError, first_line
+from mixhead.models.context import check_ids, positions_of
 from mixhead.modes import autocast_to
 from mixhead.shards import check_indexes
 from mixhead.tasks.translation.config import TranslateConfig
@@ -20,6 +23,7 @@ from mixhead.tasks.translation.config import TranslateConfig
 logger = logging.getLogger(__name__)
 
 FOREIGN = 1.7  # bytes in a token: below, the vocabulary has hardly seen such text
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 WORTH_A_WARNING = 24  # bytes; shorter lines say nothing of their language
 
 
@@ -60,6 +64,7 @@ def translate_lines(
         config: see `TranslateConfig`.
     """
     config = TranslateConfig() if config is None else config
+    config = replace(config, max_source_tokens=room_for_source(model, config.max_source_tokens))
     stream, number = iter(lines), 1
     while group := list(itertools.islice(stream, config.look_ahead)):
         yield from _translate_group(model, tokenizer, group, number, config)
@@ -120,6 +125,7 @@ def _generate(
 ) -> list[str]:
     inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
     longest = inputs["input_ids"].shape[1]
+    check_ids(model, inputs["input_ids"])
     with autocast_to(config.dtype, model.device):
         outputs = model.generate(
             input_ids=inputs["input_ids"],
@@ -128,14 +134,30 @@ def _generate(
             length_penalty=config.length_penalty,
             early_stopping=config.beams > 1,
             do_sample=False,
-            max_new_tokens=2 * longest + 16,
+            max_new_tokens=most_new_tokens(model, longest),
         )
     return tokenizer.batch_decode(outputs, skip_special_tokens=True)
 
 
 def clean(text: str) -> str:
-    """The text on one line: control characters and runs of white space become single spaces."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    """The text on one line: control characters, lone surrogates and runs of white space become single spaces.
+
+    All other characters stay, also those that this Python knows nothing of: joiners inside words and emoji, characters
+    for private use, emoji newer than its tables.
+    """
+    return " ".join(CONTROL.sub(" ", text).split())
+
+
+def room_for_source(model: PreTrainedModel, most: int) -> int:
+    """Source tokens of a piece: so many, or as many as the model has positions."""
+    count = positions_of(model).count
+    return most if count is None else min(most, count)
+
+
+def most_new_tokens(model: PreTrainedModel, source_tokens: int) -> int:
+    """How long a translation may become: far longer than any should, and never longer than the model has positions."""
+    count, most = positions_of(model).count, 2 * source_tokens + 16
+    return most if count is None else max(1, min(most, count - 1))
 
 
 def split_long(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> list[str]:
