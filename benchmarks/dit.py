@@ -19,8 +19,8 @@ from functools import partial
 
 import torch
 from diffusers import DDIMScheduler
+from page import Page, add_option
 
-from mixhead.bench.results import describe_machine
 from mixhead.bench.timing import race, ratio, threads
 from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig, denoise
 from mixhead.nn import MixtureOfHeadAttention
@@ -114,14 +114,14 @@ def all_heads_with_gates(attention: MixtureOfHeadAttention, hidden: torch.Tensor
     return attention.o_proj(heads.transpose(1, 2).flatten(2))
 
 
-def row(step: str, size: str, calls: dict[str, Callable[[], object]], args: argparse.Namespace) -> str:
-    """Milliseconds of the dense model, and how many times faster the others are, as a line of the table."""
+def row(step: str, size: str, calls: dict[str, Callable[[], object]], args: argparse.Namespace) -> list[str]:
+    """Milliseconds of the dense model, and how many times faster the others are: a row of the table."""
     times = dict(zip(calls, race(list(calls.values()), args.rounds, seconds=0.1), strict=True))
     clock = "cpu" if args.threads == 1 else "wall"
     cells = [f"{getattr(times['dense'], f'{clock}_ms'):.0f} ms"]
     for share in ("90%", "75%", "50%"):
         cells.append(f"{getattr(ratio(times['dense'], times[share]), clock):.2f}" if share in times else "")
-    return f"| {size}/2 | {step} | {' | '.join(cells)} |"
+    return [f"{size}/2", step, *cells]
 
 
 def main() -> int:
@@ -130,13 +130,16 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-training", action="store_true", help="time sampling only")
+    add_option(parser)
     args = parser.parse_args()
     torch.manual_seed(0)
     clock = "CPU" if args.threads == 1 else "wall"
-    machine = describe_machine()
-    print(f"`python benchmarks/dit.py {' '.join(sys.argv[1:])}`, {machine['date'][:10]}, torch {torch.__version__},")
-    print(f"{machine['cpu']} ({machine['instruction_set']}), {args.threads} thread(s), {clock} time.\n")
-    print("| model, 1,024 tokens | step | dense | 90% | 75% | 50% of heads |\n|---|---|---|---|---|---|")
+    page = Page(
+        "Whole MoH-DiTs against the dense DiT of the same size",
+        ["model, 1,024 tokens", "step", "dense", "90%", "75%", "50% of heads"],
+        f"{args.threads} thread(s), {clock} time.",
+        args.write,
+    )
     with threads(args.threads):
         for size in args.sizes:
             compared = models(size)
@@ -146,7 +149,8 @@ def main() -> int:
                 return 1
             for step in (sample,) if args.no_training else (sample, train):
                 calls = {name: partial(step, model) for name, model in compared.items()}
-                print(row(step.__name__, size, calls, args), flush=True)
+                page.add(*row(step.__name__, size, calls, args))
+    page.close()
     return 0
 
 

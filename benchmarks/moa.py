@@ -12,7 +12,6 @@ attention consists of, at the same sizes, as a share of our time: what no operat
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from moa_yardsticks import LoopAttention
+from page import Page, add_option
 from torch import Tensor, nn
 from transformers import JetMoeConfig
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeAttention, JetMoeRotaryEmbedding
@@ -132,8 +132,8 @@ def products_alone(contest: Contest, backward: bool) -> Call:
     return run
 
 
-def row(contest: Contest, backward: bool, args: argparse.Namespace) -> str:
-    """One line of the table."""
+def row(contest: Contest, backward: bool, args: argparse.Namespace) -> list[str]:
+    """A row of the table."""
     sent = sent_back(contest)
 
     def call(run: Callable[[], Outputs]) -> Call:
@@ -150,10 +150,7 @@ def row(contest: Contest, backward: bool, args: argparse.Namespace) -> str:
     milliseconds = [getattr(t, f"{clock}_ms") for t in (theirs, ours)]
     share = statistics.median(getattr(products, clock)) * 1e3 / milliseconds[1]
     what = "forward + backward" if backward else "forward"
-    return (
-        f"| {contest.name} | {what} | {getattr(times, clock):.2f} | {milliseconds[0]:.1f} | {milliseconds[1]:.1f} "
-        f"| {share:.0%} |"
-    )
+    return [contest.name, what, f"{getattr(times, clock):.2f}", *(f"{ms:.1f}" for ms in milliseconds), f"{share:.0%}"]
 
 
 CONTESTS: dict[str, Callable[[], Contest]] = {
@@ -170,12 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.1, help="least time of one measurement")
+    add_option(parser)
     args = parser.parse_args(arguments)
     clock = "CPU time" if args.threads == 1 else "wall time"
-    print(f"float32, {args.threads} thread(s), {clock}, {args.pairs} pairs, torch {torch.__version__}, ", end="")
-    print(f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}\n")
-    print("| layer | what | theirs / ours | theirs, ms | ours, ms | products alone, of ours |")
-    print("|---|---|---|---|---|---|")
+    page = Page(
+        "Mixture of attention heads against its loop form, and JetMoE's attention against transformers",
+        ["layer", "what", "theirs / ours", "theirs, ms", "ours, ms", "products alone, of ours"],
+        f"float32, {args.threads} thread(s), {clock}, {args.pairs} pairs.",
+        args.write,
+    )
     good = True
     with threads(args.threads):
         for name in args.contests:
@@ -183,11 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             contest = CONTESTS[name]()
             error = worst_error(contest)
             if error > TOLERANCE:
-                print(f"| {contest.name} | WRONG: the largest relative error is {error:.0e} | | | | |")
+                page.add(contest.name, f"WRONG: the largest relative error is {error:.0e}", "", "", "", "")
                 good = False
                 continue
             for backward in (False, True):
-                print(row(contest, backward, args), flush=True)
+                page.add(*row(contest, backward, args))
+    page.close()
     return 0 if good else 1
 
 

@@ -11,7 +11,6 @@ with the reference in float64, and a wrong result is not timed. CPU time with on
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from page import Page, add_option
 from torch import Tensor
 
 from mixhead.ops import project_from_heads, project_to_heads, weight_by_head
@@ -142,13 +142,16 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.02, help="least time of one measurement")
+    add_option(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     good, shares = True, (1.0, 0.75, 0.5, 0.25)
-    print(f"{args.dtype}, one thread, CPU time, {args.pairs} pairs; cells: {' / '.join(args.impls)}")
-    print(f"torch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}\n")
-    print(f"| case | {' | '.join(f'{share:.0%} of heads' for share in shares)} |")
-    print(f"|---|{'---|' * len(shares)}")
+    page = Page(
+        "Projections of selected heads on the CPU against `F.linear` of all heads",
+        ["case", *(f"{share:.0%} of heads" for share in shares)],
+        f"{args.dtype}, one thread, CPU time, {args.pairs} pairs; cells: {' / '.join(args.impls)}.",
+        args.write,
+    )
     for name in args.cases:
         case = CASES[name]
         for direction in ("to heads", "from heads"):
@@ -156,7 +159,8 @@ def main() -> int:
             sizes = f"{direction}, {case.tokens} tokens, C = {case.hidden}, {case.heads} x {case.head_dim} ({name})"
             for what, row in zip(("forward", "forward + backward"), zip(*columns, strict=True), strict=True):
                 good &= not any("WRONG" in text for text in row)
-                print(f"| {what} {sizes} | {' | '.join(row)} |", flush=True)
+                page.add(f"{what} {sizes}", *row)
+    page.close()
     return 0 if good else 1
 
 

@@ -17,14 +17,13 @@ process of its own.
 
 import argparse
 import multiprocessing
-import os
 import statistics
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from page import Page, add_option
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixhead.bench.memory import give_back_freed, growth
@@ -34,11 +33,9 @@ from mixhead.models.moh_vit import attention as attention_module
 from mixhead.models.moh_vit.attention import PositionBias
 from mixhead.models.moh_vit.modeling import ConvolutionalGLU
 from mixhead.ops import RelativeBias, aggregated_attention
-from mixhead.ops.crossover import cpu_model
 
 SIDE, PRODUCTS = 1024, 8  # of the matrices whose product tells the rate, and how many are made in a round
-HEADER = """| model | pass | plain | ours | floor | plain / ours | ours / floor | peak MiB, plain | ours |
-|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = ["model", "pass", "plain", "ours", "floor", "plain / ours", "ours / floor", "peak MiB, plain", "ours"]
 
 
 class Plain:
@@ -116,7 +113,7 @@ def peak(options: argparse.Namespace, name: str, which: str, plain: bool) -> flo
     return growth(partial(in_plain, run) if plain else run)
 
 
-def row(options: argparse.Namespace, name: str, which: str) -> str:
+def row(options: argparse.Namespace, name: str, which: str) -> list[str]:
     subject = Subject(name, options.size, options.batch)
     subject.check()
     flops = subject.multiplications() * (3 if which == "train" else 1)
@@ -125,7 +122,7 @@ def row(options: argparse.Namespace, name: str, which: str) -> str:
     clock = "cpu" if options.threads == 1 else "wall"
     plain, ours, products = (getattr(times, clock) for times in rounds)
     floor = [time / (PRODUCTS * 2 * SIDE**3) * flops for time in products]
-    cells = [
+    return [
         f"{name}, {flops / 1e9:.0f} GFLOP",
         "training step" if which == "train" else "forward",
         *(f"{statistics.median(times):.2f} s" for times in (plain, ours, floor)),
@@ -135,7 +132,6 @@ def row(options: argparse.Namespace, name: str, which: str) -> str:
         ),
         *(f"{mib:,.0f}" for mib in peaks(options, name, which)),
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def main():
@@ -146,17 +142,16 @@ def main():
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = "CPU time" if options.threads == 1 else "wall time"
-    print(
-        f"{options.batch} images of {options.size} px, {options.threads} thread(s), {clock}, {options.rounds} rounds, "
-        f"float32; {datetime.now(UTC):%Y-%m-%d}, PyTorch {torch.__version__}, {cpu_model()}, "
-        f"{os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()})\n\n{HEADER}"
-    )
+    about = f"{options.batch} images of {options.size} px, float32, {options.threads} thread(s), {clock}, {options.rounds} rounds."
+    page = Page("MoH-ViT on the CPU against its plain form", COLUMNS, about, options.write)
     for name in options.names:
         for which in options.passes:
-            print(row(options, name, which), flush=True)
+            page.add(*row(options, name, which))
+    page.close()
 
 
 if __name__ == "__main__":
