@@ -69,5 +69,5 @@ def header(run: dict) -> str:
     where = (
         f"{machine['date'][:10]}, {machine['cpu']} ({machine['instruction_set']}), {machine['cores']} cores; {versions}"
     )
-    lines = ["|".join(["", *cells, ""]) for cells in (run["columns"], ["---"] * len(run["columns"]))]
+    lines = [f"| {' | '.join(cells)} |" for cells in (run["columns"], ["---"] * len(run["columns"]))]
     return f"`{run['command']}`, {where}. {run['about']}\n\n" + "\n".join(lines)

@@ -146,7 +146,8 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = "CPU time" if options.threads == 1 else "wall time"
-    about = f"{options.batch} images of {options.size} px, float32, {options.threads} thread(s), {clock}, {options.rounds} rounds."
+    what = f"{options.batch} images of {options.size} px, float32"
+    about = f"{what}, {options.threads} thread(s), {clock}, {options.rounds} rounds."
     page = Page("MoH-ViT on the CPU against its plain form", COLUMNS, about, options.write)
     for name in options.names:
         for which in options.passes:
