@@ -46,7 +46,8 @@ def test_the_command_draws_and_shows(pipeline, tmp_path):
 
 
 def test_folders_of_pictures_and_their_classes(tmp_path):
-    for name in ("bag/1.png", "bag/2.png", "boat/1.png", "boat/notes.txt"):
+    hidden = ("boat/._1.png", ".ipynb_checkpoints/1.png", "bag/.ipynb_checkpoints/1-checkpoint.png")
+    for name in ("bag/1.png", "bag/2.png", "boat/1.png", "boat/notes.txt", *hidden):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(png_of(torch.zeros(3, 4, 4, dtype=torch.uint8)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from mixhead.cli.common import console
+from mixhead.cli.common import check_new_folder, console
 from mixhead.errors import MixheadError
 
 if TYPE_CHECKING:
@@ -28,11 +28,16 @@ def classify(
     layer: Annotated[str | None, typer.Option(help="Layer of the map; the last one whose heads compete.")] = None,
 ) -> None:
     """Prints the likeliest labels of images with their probabilities and the heads that were used."""
+    from mixhead.recording.listen import routers_by_layer
+    from mixhead.recording.names import layer_named
     from mixhead.report.vision import plot_heads
     from mixhead.tasks.image_classification.classify import classify as look_at
     from mixhead.tasks.image_classification.evaluate import load_classifier
 
     network, processor, classes = load_classifier(model)
+    if overlay is not None:
+        check_new_folder(overlay, overwrite=True)
+    layer = None if layer is None else layer_named(layer, list(routers_by_layer(network)))
     refused = []
     for file in images:
         try:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mixhead.cli.common import DTYPE_HELP, console, progress_bar
+from mixhead.cli.common import DTYPE_HELP, check_new_folder, console, progress_bar
 
 
 def evaluate_images(
@@ -31,15 +31,21 @@ def evaluate_images(
     ] = None,
 ) -> None:
     """Measures an image classifier on labelled images; what cannot be read is left out and listed."""
-    from mixhead.data.labelled_images import open_images, renumbered
+    from mixhead.data.labelled_images import check_classes, open_images, renumbered
     from mixhead.files import write_text
     from mixhead.precision import autocast_dtype
+    from mixhead.recording.listen import routers_by_layer
+    from mixhead.recording.names import layer_named
     from mixhead.report.vision import accuracy_table, class_table, plot_confusion, plot_load, write_confusion
     from mixhead.tasks.image_classification.evaluate import evaluate_images as measure
     from mixhead.tasks.image_classification.evaluate import load_classifier
 
     network, processor, names = load_classifier(model)
     images = renumbered(open_images(data, "test"), names)
+    if out is not None:
+        check_new_folder(out, overwrite=True)
+    layer = None if layer is None else layer_named(layer, list(routers_by_layer(network)))
+    check_classes(classes or (), images)
     autocast = autocast_dtype(dtype)
     with progress_bar("Classifying") as on_progress:
         result = measure(network, processor, images, batch_size, autocast=autocast, on_progress=on_progress)

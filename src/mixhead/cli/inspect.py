@@ -58,6 +58,7 @@ def inspect(
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE_HELP)] = False,
 ) -> None:
     """Records which heads the tokens of texts or pictures use, and shows it; or shows what was recorded before."""
+    from mixhead.recording.names import layer_named
     from mixhead.report.contents import read_contents
     from mixhead.report.html import write_html
     from mixhead.report.plots import plot as draw_figure
@@ -69,7 +70,7 @@ def inspect(
         path = Path(folder) / "recording" if save is None else save
         recorded = read_or_record(source, Inputs(text, prompt, images, draw, tokens, layer, by), path)
         contents = read_contents(recorded.recording, shown)
-    layer = None if layer is None else named_layer(contents.recording.layers, layer)
+    layer = None if layer is None else layer_named(layer, contents.recording.layers)
     if terminal:
         console.print(terminal_view(contents, layer))
     if plot is not None:
@@ -115,10 +116,11 @@ class Inputs:
         A model whose parts say more of their tokens may have others.
         """
         from mixhead.recording.listen import routers_by_layer
+        from mixhead.recording.names import layer_named
 
         layers = list(routers_by_layer(model))
         if self.layer is not None and layers:
-            named_layer(layers, self.layer)
+            layer_named(self.layer, layers)
         says_more = any(hasattr(module, "routing_labels") for module in model.modules())
         if self.by is not None and self.by not in labels and not says_more:
             raise MixheadError(
@@ -204,17 +206,3 @@ def name_and_text(given: str) -> tuple[str, list[str]]:
 
     name, equals, text = given.partition("=")
     return name, text_source(text if equals else given, "test")
-
-
-def named_layer(layers: Sequence[str], name: str) -> str:
-    """The layer of that name, long or short.
-
-    Raises:
-        MixheadError: where there is none.
-    """
-    from mixhead.recording.names import short_names
-
-    known = {**{layer: layer for layer in layers}, **dict(zip(short_names(layers), layers, strict=True))}
-    if name not in known:
-        raise MixheadError(f"No layer {name!r} routes: choose one of {', '.join(short_names(layers))}.")
-    return known[name]

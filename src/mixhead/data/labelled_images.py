@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -194,6 +194,13 @@ def part(images: LabelledImages, number: int, parts: int) -> View:
 def used_classes(images: LabelledImages) -> set[str]:
     """The classes that at least one image has."""
     return {images.classes[label] for label in np.unique(images.labels)}
+
+
+def check_classes(wanted: Iterable[str], images: LabelledImages) -> None:
+    """Raises where a class is unknown or has no image."""
+    unknown = next((name for name in wanted if name not in used_classes(images)), None)
+    if unknown is not None:
+        raise MixheadError(f"The class {unknown!r} is unknown or has no image.")
 
 
 def quoted(names: list[str]) -> str:

@@ -19,6 +19,7 @@ from mixhead.data.windows import document_windows, prompt_ids
 from mixhead.errors import MixheadError
 from mixhead.models.context import check_ids, window_for
 from mixhead.models.hugging_face import MoHModelMixin
+from mixhead.models.patches import GRIDS, patch_grid
 from mixhead.recording import Recording, RoutingLog, record_routing
 from mixhead.tasks.image_generation.sampling import class_names, sample_images
 from mixhead.tasks.image_generation.sampling_config import SamplingConfig
@@ -214,12 +215,16 @@ def record_pictures(
         The recording, and the pictures as the model saw them, PNG.
     """
     shown = []
+    grids: list[list[int]] = []  # of the finest map of each picture
     with record_routing(model, path) as log:
-        log.about.update({**heads_that_do_not_route(model), **(about or {})})
+        log.about.update({**heads_that_do_not_route(model), **(about or {}), GRIDS: grids})
         for file, of_class in pictures.items():
             pixels_1CYX = processor(read_image(file), return_tensors="pt")["pixel_values"]
             with log.labelled(**({"class": of_class} if of_class else {})):
                 model(pixels_1CYX)
+            grids.append(
+                [*patch_grid(getattr(model, "config", None), pixels_1CYX.shape[-2:], pixels_1CYX[0, 0].numel())]
+            )
             shown.append(_seen(pixels_1CYX[0], processor))
     return Recording(path), shown
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mixhead.errors import MixheadError
+
 
 def short_names(names: Sequence[str]) -> list[str]:
     """`model.layers.3.self_attn` becomes `3` among its like: parts that are the same in all names are left out."""
+    if not names:
+        return []
     if len(names) == 1:
         digits = [part for part in names[0].split(".") if part.isdigit()]
         return [".".join(digits) or names[0]]
@@ -21,6 +25,18 @@ def short_names(names: Sequence[str]) -> list[str]:
 def short_name(name: str, among: Sequence[str]) -> str:
     """The short name of one of these layers."""
     return dict(zip(among, short_names(among), strict=True))[name]
+
+
+def layer_named(name: str, among: Sequence[str]) -> str:
+    """The layer of that name, long or short.
+
+    Raises:
+        MixheadError: where there is none.
+    """
+    known = {**{layer: layer for layer in among}, **dict(zip(short_names(among), among, strict=True))}
+    if name not in known:
+        raise MixheadError(f"No layer {name!r} routes: choose one of {', '.join(short_names(among)) or 'none'}.")
+    return known[name]
 
 
 def _shared(parts: Sequence[Sequence[str]]) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mixhead.data.token_text import readable
 from mixhead.errors import MixheadError
+from mixhead.models.patches import GRIDS, halved
 from mixhead.recording.file import Recording, Tokens
 from mixhead.report.parts_of_speech import parts_of_speech
 from mixhead.report.statistics import (
@@ -339,15 +340,24 @@ def sequences_of(recording: Recording, tokens: Tokens, shown: NDArray[np.intp], 
             f" ({', '.join(groups.values())})" if groups else ""
         )
         time = float(tokens.labels["time_step"][row]) if "time_step" in tokens.labels else None
-        grid, prefix = grid_of(tokens, shown[start:end]) if kind == "image" else (None, 0)
+        grids = recording.about.get(GRIDS, [])
+        finest = tuple(grids[picture]) if picture < len(grids) else None
+        grid, prefix = grid_of(tokens, shown[start:end], finest) if kind == "image" else (None, 0)
         found.append(Shown(title, int(start), int(end - start), picture, time, grid, prefix, groups))
     return found
 
 
-def grid_of(tokens: Tokens, rows: NDArray[np.intp]) -> tuple[tuple[int, int], int]:
-    """Rows and columns of the patches of one picture, and how many tokens stand before them."""
+def grid_of(
+    tokens: Tokens, rows: NDArray[np.intp], finest: tuple[int, int] | None = None
+) -> tuple[tuple[int, int], int]:
+    """Rows and columns of the patches of one picture, and how many tokens stand before them.
+
+    Where tokens do not say where they stand, the map is the finest one of the picture or comes of halving it; a picture
+    of which nothing is known is square.
+    """
     y_T, x_T = tokens.labels.get("y"), tokens.labels.get("x")
     if y_T is not None and x_T is not None and y_T[rows].min() >= 0:
         return (int(y_T[rows].max()) + 1, int(x_T[rows].max()) + 1), 0
     side = math.isqrt(len(rows))
-    return (side, side), len(rows) - side * side
+    grid = (side, side) if finest is None else halved([finest], len(rows))
+    return grid, len(rows) - math.prod(grid)

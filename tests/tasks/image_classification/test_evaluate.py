@@ -15,6 +15,7 @@ from mixhead.cli.classify import picture_name
 from mixhead.data.labelled_images import FolderImages, folder_images
 from mixhead.errors import MixheadError
 from mixhead.models.moh_vit import MoHTransNeXtConfig, MoHTransNeXtForImageClassification, image_processor
+from mixhead.report.contents import read_contents
 from mixhead.report.vision import plot_heads, plot_load
 from mixhead.tasks.image_classification.classify import classify
 from mixhead.tasks.image_classification.evaluate import evaluate_images, load_classifier
@@ -99,6 +100,26 @@ def test_a_converted_vit_is_measured_and_shown(tmp_path: Path, images: FolderIma
     assert Image.open(tmp_path / "heads.png").width > 100
 
 
+def test_a_map_has_the_sides_of_the_image(tmp_path: Path, images: FolderImages):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 16}
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=(16, 32), patch_size=4, **LABELS))
+    mixhead.calibrate(mixhead.convert(model, mixhead.MoHConfig(active_heads=2)), [torch.randn(8, 3, 16, 32)])
+    mixhead.save(model, ViTImageProcessorPil(size={"height": 16, "width": 32}), tmp_path / "vit")
+    model, processor, _ = load_classifier(tmp_path / "vit")
+    found = classify(model, processor, images.files[0], CLASSES)
+    with mixhead.record_routing(model, tmp_path / "kept"):
+        model(found.pixels_CYX[None])
+    layer = found.map_of().layer
+    codes_TH = mixhead.Recording(tmp_path / "kept").codes(layer)
+    assert found.map_of().selected_YXH.shape == (4, 8, 4)
+    assert (found.map_of().selected_YXH.flatten(0, 1).numpy() == (codes_TH[1:] > 0)).all(), "patches in their order"
+    command = ["inspect", str(tmp_path / "vit"), "--images", str(images.files[0].parents[1]), "--terminal", "--save"]
+    assert run([*command, str(tmp_path / "pictures")]) == 0
+    shown = read_contents(mixhead.Recording(tmp_path / "pictures")).axes[0].sequences
+    assert {(of.grid, of.prefix) for of in shown} == {((4, 8), 1)}
+
+
 def test_layers_that_do_not_route_use_all_their_heads(images: FolderImages):
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 16}
     model = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, **LABELS))
@@ -160,6 +181,33 @@ def test_the_verbs(moh_vit: Path, images: FolderImages, tmp_path: Path, capfd: p
     assert "heads used: 5 of 6" in printed.out
     assert Image.open(tmp_path / "maps" / "0-heads.png").width > 100
     assert run(["evaluate-images", str(moh_vit), str(tmp_path / "nowhere")]) == 2
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--layer", "none"], "No layer 'none' routes: choose one of"),
+        (["--class", "grey"], "The class 'grey' is unknown or has no image"),
+        (["--out", "file"], "file is a file: name a folder"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_anything_is_measured(
+    options: list[str], sentence: str, moh_vit: Path, images: FolderImages, tmp_path: Path, capfd, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mixhead.tasks.image_classification.evaluate.logits_of", None)
+    monkeypatch.setattr("mixhead.tasks.image_classification.classify.logits_of", None)
+    (tmp_path / "file").touch()
+    out = [] if "--out" in options else ["--out", "out"]
+    assert run(["evaluate-images", str(moh_vit), str(images.files[0].parents[1]), *out, *options]) == 2
+    assert sentence in " ".join(capfd.readouterr().err.split())
+    if "--layer" in options:
+        assert run(["classify", str(moh_vit), str(images.files[0]), "--overlay", "out", *options]) == 2
+        assert sentence in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_folder_is_no_image(moh_vit: Path, tmp_path: Path, capfd):
     assert run(["classify", str(moh_vit), str(tmp_path)]) == 2
     assert "is a folder" in " ".join(capfd.readouterr().err.split())
 

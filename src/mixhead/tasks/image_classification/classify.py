@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from mixhead.data.image_files import read_image
 from mixhead.errors import MixheadError
+from mixhead.models.patches import patch_grid
 from mixhead.recording import keep_routing
 from mixhead.routing import Routing
 from mixhead.tasks.image_classification.evaluate import heads_of, logits_of
@@ -109,7 +111,8 @@ def classify(
     with keep_routing(model) as log:
         probabilities_L = logits_of(model, pixels_1CYX)[0].softmax(-1)
     likeliest = probabilities_L.topk(min(top, len(classes)))
-    maps = tuple(head_map(name, routing) for name, routing in log.layers)
+    grid_of = partial(patch_grid, model.config, pixels_1CYX.shape[-2:])
+    maps = tuple(head_map(name, routing, grid_of(routing.selected_BNH.shape[1])) for name, routing in log.layers)
     used = sum(float(routing.selected_BNH.sum(-1).float().mean()) for _, routing in log.layers)
     heads = sum(routing.selected_BNH.shape[-1] for _, routing in log.layers)
     dense = max(0, heads_of(model) - heads)
@@ -124,13 +127,11 @@ def classify(
     )
 
 
-def head_map(layer: str, routing: Routing) -> HeadMap:
-    """The routing of the only image of a batch on its square map; class and register tokens in front are left out."""
-    tokens = routing.selected_BNH.shape[1]
-    side = math.isqrt(tokens)
-    patches = slice(tokens - side * side, None)
+def head_map(layer: str, routing: Routing, grid: tuple[int, int]) -> HeadMap:
+    """The routing of the only image of a batch on its map; class and register tokens in front are left out."""
+    patches = slice(routing.selected_BNH.shape[1] - math.prod(grid), None)
     return HeadMap(
         layer=layer,
-        selected_YXH=routing.selected_BNH[0, patches].unflatten(0, (side, side)),
-        gates_YXH=routing.gates_BNH[0, patches].float().unflatten(0, (side, side)),
+        selected_YXH=routing.selected_BNH[0, patches].unflatten(0, grid),
+        gates_YXH=routing.gates_BNH[0, patches].float().unflatten(0, grid),
     )
