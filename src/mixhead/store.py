@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from mixhead.errors import MixheadError, first_line, listed
 from mixhead.files import read_json, restore, write_folder
@@ -75,9 +77,11 @@ def save(
         overwrite: whether a model folder that stands there may be replaced; nothing else ever is.
 
     Raises:
-        MixheadError: where the folder is taken or cannot be written; what stood there before then still does.
+        MixheadError: where the folder is taken or cannot be written, or the model cannot be saved as it is; what stood
+            there before then still does.
     """
     target = check_target(path, overwrite=overwrite)
+    forget_unpacked(model)
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -91,6 +95,20 @@ def save(
     except WRITE_ERRORS as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise MixheadError(f"{target} could not be written: {reason}. Nothing of it was left behind.") from error
+    except MixheadError:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:  # of weights that have no form in a file
+        raise MixheadError(
+            f"This {type(model).__name__} cannot be saved ({first_line(error)}): load it without quantisation first, a "
+            "GGUF file with dequantize=True."
+        ) from error
+
+
+def forget_unpacked(model: Any) -> None:
+    """A model from a GGUF file whose weights were unpacked at loading is plain, and no longer called quantised."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, GgufHfQuantizer) and not quantizer.packed_modules:
+        quantizer.remove_quantization_config(model)
 
 
 def check_target(path: PathLike, *, overwrite: bool = False) -> Path:
@@ -177,6 +195,8 @@ def outline(path: PathLike) -> PreTrainedModel:
     config = load_config(folder)
     check_writes_text(folder, config)
     check_weight_files(folder)
+    for file in folder.glob("*.safetensors"):
+        or_refuse(partial(check_size, file), f"{file} is truncated or corrupt")
     load_tokenizer(folder)
     with torch.device("meta"):
         model = or_refuse(
@@ -184,6 +204,12 @@ def outline(path: PathLike) -> PreTrainedModel:
         )
     check_reads_forward(model)
     return model
+
+
+def check_size(file: Path) -> None:
+    """Raises where a file of weights is not as long as its header says; no weight is read."""
+    with safe_open(file, "pt"):
+        pass
 
 
 def architecture_of(config: PreTrainedConfig) -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -232,6 +233,12 @@ def test_a_terminal_that_is_not_utf_8_shows_what_it_can(encoding, folders, monke
     assert b"There is no model folder ??" in shown["stderr"].getvalue()
 
 
+def test_names_that_are_no_utf_8_are_refused_in_a_sentence(folders, tmp_path, capsys):
+    command = ["inspect", folders["routed"], "--prompt", "the", "--tokens", "2", "--out", str(tmp_path / "page.html")]
+    refused([*command, "--title", "heads \udcff"], capsys, "holds bytes that are no UTF-8 text")
+    assert not any(tmp_path.iterdir())
+
+
 # Models of other kinds.
 
 
@@ -288,6 +295,22 @@ def test_a_run_that_exists_is_refused_before_anything_is_read(folders, text, tmp
     assert run([*command, "--batch-size", "2", "--no-bf16"]) == 0
     no_work(monkeypatch)
     refused(command, capsys, "holds a run already")
+
+
+def damaged(folder, tmp_path):
+    """A copy whose weights are cut short."""
+    copied = shutil.copytree(folder, tmp_path / "damaged")
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return str(copied)
+
+
+def test_a_second_model_that_is_cut_short_is_refused_before_the_first_is_measured(
+    folders, tmp_path, capsys, monkeypatch
+):
+    second = damaged(folders["llama"], tmp_path)
+    no_work(monkeypatch)
+    refused(["evaluate", folders["llama"], second], capsys, "model.safetensors is truncated or corrupt")
 
 
 @pytest.mark.parametrize(

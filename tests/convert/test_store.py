@@ -1,5 +1,6 @@
 """A model folder is complete or absent, and whatever is wrong with one is said in a sentence."""
 
+import copy
 import errno
 import json
 import pickle
@@ -11,8 +12,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from zoo import ZOO, answer, same_bits
+from transformers import GgufConfig, PreTrainedTokenizerFast
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+from zoo import ZOO, answer, same_bits, tokens
 
 import mixhead
 from mixhead import MixheadError, MoHConfig, store
@@ -93,6 +95,34 @@ def test_a_folder_with_something_in_it_is_not_touched(folder):
     with pytest.raises(MixheadError, match="exists and is not empty: name another folder"):
         store.save(converted(router="query_norm"), None, folder)
     assert everything(folder.parent) == before
+
+
+def from_gguf(model, packed=()):
+    """The model as transformers leaves it after loading a GGUF file: weights are unpacked where it has no kernel."""
+    model.hf_quantizer = GgufHfQuantizer(GgufConfig(dequantize=not packed))
+    model.hf_quantizer.packed_modules = dict.fromkeys(packed)
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+    model.is_quantized, model.quantization_method = True, "gguf"
+    return model
+
+
+def test_a_model_of_a_gguf_file_is_saved_as_the_plain_model_that_it_is(tmp_path):
+    model = from_gguf(ZOO["llama"].make())
+    store.save(model, None, tmp_path / "dense")
+    converted = mixhead.convert(from_gguf(model), MoHConfig(active=0.5, router="query_norm"))
+    store.save(converted, None, tmp_path / "converted")
+    for name, expected in (("dense", mixhead.revert(copy.deepcopy(converted))), ("converted", converted)):
+        loaded = store.load(tmp_path / name)
+        assert "gguf" not in (tmp_path / name / "config.json").read_text()
+        ids = tokens()
+        assert torch.equal(loaded.eval()(ids).logits, expected.eval()(ids).logits)
+
+
+def test_weights_that_have_no_form_in_a_file_are_refused_in_a_sentence(tmp_path):
+    model = from_gguf(ZOO["llama"].make(), packed=["lm_head.weight"])
+    with pytest.raises(MixheadError, match=r"This LlamaForCausalLM cannot be saved .* dequantize=True"):
+        store.save(model, None, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_overwriting_replaces_the_whole_folder(folder):

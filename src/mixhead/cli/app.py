@@ -72,6 +72,8 @@ def run(arguments: Sequence[str]) -> int:
             app(list(arguments), prog_name="mixhead")
     except MixheadError as error:
         return refuse(str(error))
+    except UnicodeEncodeError as error:  # a name or an option of bytes that are no UTF-8
+        return refuse(f"{error.object[:80]!r} holds bytes that are no UTF-8 text: give it in UTF-8.")
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         return refuse(f"{error.strerror or error}{place}.")

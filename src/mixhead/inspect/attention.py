@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
+from mixhead.models.context import check_ids, check_length
 from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.models.hugging_face.attention import is_causal_here
 
@@ -74,10 +75,13 @@ def attention_maps(model: torch.nn.Module, **inputs: Any) -> dict[str, Tensor]:
         **inputs: what the model is called with.
 
     Raises:
-        MixheadError: where the model is not converted.
+        MixheadError: where the model is not converted, or does not know the tokens.
     """
     if not isinstance(model, MoHModelMixin):
         raise MixheadError(f"{type(model).__name__} is not converted: call mixhead.convert on it first.")
+    if isinstance(inputs.get("input_ids"), Tensor):
+        check_ids(model, inputs["input_ids"])
+        check_length(model, inputs["input_ids"].shape[1])
     stand_in = AttentionMaps()
     model(**inputs, stand_in=stand_in, use_cache=False)
     return stand_in.maps

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead.data.aligned_pages import SentencePair
 from mixhead.errors import MixheadError
+from mixhead.models.context import check_ids
 from mixhead.models.moa.attention import ExpertAttention
 from mixhead.models.moa.modeling import IGNORED
 
@@ -70,6 +71,8 @@ def expert_use(
         # The decoder is one word behind: it sees the start token, and never the last one.
         behind = [["<s>", *sentence[:-1]] for sentence in target_words]
         labels_BN = targets["input_ids"].masked_fill(targets["attention_mask"] == 0, IGNORED)
+        check_ids(model, sources["input_ids"])
+        check_ids(model, targets["input_ids"])
         output = model(**sources, labels=labels_BN, output_routing=True)
         for name, routing in zip(names, output.routing, strict=True):
             encoder = name.startswith("encoder")

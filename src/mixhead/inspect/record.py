@@ -172,6 +172,8 @@ def record_translation(
         )
         for name, documents in texts.items()
     }
+    for ids_1N in itertools.chain.from_iterable(lines_by_name.values()):
+        check_ids(model, ids_1N)
     seen: set[int] = set()
     with record_routing(model, path) as log:
         log.about.update({**heads_that_do_not_route(model), **(about or {})})

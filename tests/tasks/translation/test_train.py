@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration
 
+from mixhead import store
 from mixhead.cli.app import run as run_cli
 from mixhead.data.aligned_pages import SentencePair
 from mixhead.data.sentence_pairs import write_pairs
@@ -82,6 +84,36 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # BLEU counts four words in a row; these sentences have three at most. Other seeds reach 76 to 84.
     assert result.metrics["numbers: chrF"] > 50
     return run
+
+
+def test_a_translator_with_few_positions_translates_long_lines_in_pieces(tmp_path, caplog):
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 32}
+    tokenizer = train_vocabulary(["one two three four five six"] * 3, 300)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    torch.manual_seed(0)
+    config = BartConfig(**sizes, **heads, **special, vocab_size=len(tokenizer), forced_eos_token_id=None)
+    store.save(BartForConditionalGeneration(config).eval(), tokenizer, tmp_path / "bart")
+    translator = load_translator(tmp_path / "bart")
+    lines = ["one two " * 60, "three"]
+    assert len(list(translate_lines(*translator, lines, TranslateConfig(beams=1)))) == 2
+    assert "has more than 32 tokens: it is translated in" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("  a\tb\r\n c\x00d\x1b[0m\u2028e\u0085 ", "a b c d [0m e"),
+        ("می\u200cروم", "می\u200cروم"),  # a joiner inside a word
+        ("👩\u200d🚀 ok", "👩\u200d🚀 ok"),  # and inside an emoji
+        ("\ue000 \U000f0000", "\ue000 \U000f0000"),  # for private use
+        ("\U0001fae8 \U0001faea \U0001f6d8", "\U0001fae8 \U0001faea \U0001f6d8"),  # newer than Python's tables
+        ("co\u00adop \ufeffx", "co\u00adop \ufeffx"),
+        ("half \ud83d", "half"),
+    ],
+)
+def test_only_what_breaks_a_line_is_cleaned_away(text, cleaned):
+    assert clean(text) == cleaned
 
 
 def test_a_run_that_was_interrupted_goes_on_as_if_nothing_had_happened(data: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mixhead.data.text import text_source
 from mixhead.errors import MixheadError
 from mixhead.files import write_text
-from mixhead.models.context import positions_of
+from mixhead.models.context import check_ids, check_reads_forward, positions_of
 from mixhead.modes import evaluation_mode
 from mixhead.tasks.language_modelling.evaluate import Accuracy
 
@@ -141,6 +141,7 @@ def evaluate_tasks(
     import lm_eval
     from lm_eval.tasks import TaskManager
 
+    check_reads_forward(model)
     start = time.perf_counter()
     positions = positions_of(model)
     with evaluation_mode(model), _random_state_kept():
@@ -301,6 +302,7 @@ def _language_model_class(on_progress: Callable[[int, int], None] | None) -> Any
             return list(super().loglikelihood(requests, disable_tqdm=True))
 
         def _model_call(self, inps: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+            check_ids(self.model, inps)
             logits: torch.Tensor = super()._model_call(inps, *arguments, **keywords)
             self.done += inps.shape[0]
             if on_progress is not None:

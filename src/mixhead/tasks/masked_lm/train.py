@@ -197,6 +197,8 @@ def masked_perplexity(
     seed: int = 0,
 ) -> MaskedPerplexity:
     """Perplexity of the targets; the masks depend on the seed alone, so that models are asked the same."""
+    check_ids(model, windows_WN)
+    check_length(model, windows_WN.shape[1], "A window")
     total, targets = 0.0, 0
     for number, ids_BN in enumerate(windows_WN.split(batch_size)):
         generator = torch.Generator().manual_seed(seed * SEED_STRIDE + number)
