@@ -119,5 +119,5 @@ def refuse(sentence: str) -> int:
     """Prints why nothing was done; markup in names that users give is left as it is."""
     console = Console(stderr=True)
     console.print("[red]error:[/red]", end=" ")
-    console.print(sentence, markup=False, highlight=False)
+    console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     return 2
