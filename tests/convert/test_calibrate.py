@@ -1,19 +1,22 @@
 """Calibration: what it chooses on models where the right choice is known, and what it leaves alone."""
 
 import itertools
+import logging
 from functools import partial
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import ZOO, tokens
 
 import mixhead
 from mixhead import CalibrationConfig, MixheadError, MoHConfig
 from mixhead.convert.budget import share_out
+from mixhead.convert.calibration import Calibration
 from mixhead.convert.statistics import LossSums, ScoreSums, Statistics
 from mixhead.convert.subject import ConvertedModel
 from mixhead.models.hugging_face import find_sites
-from mixhead.routing import top_k_mask
+from mixhead.routing import LayerHeads, top_k_mask
 
 CALIBRATABLE = [name for name in ZOO if name != "gemma2-capped"]
 
@@ -40,6 +43,38 @@ def test_every_architecture_calibrates_and_keeps_its_number_of_heads(name):
     assert len(report.layers) == len(model.config.moh["layers"])
     outputs = model(**ZOO[name].inputs())
     assert torch.isfinite(getattr(outputs, ZOO[name].answer)).all()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 6, 12])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_the_share_of_heads_that_was_asked_for_is_kept_however_few_layers_there_are(layers, share, caplog):
+    """The first layer keeps all of its heads where the others can make up for it."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers))
+    mixhead.convert(model, MoHConfig(active=share))
+    with caplog.at_level(logging.INFO, "mixhead"):
+        report = mixhead.calibrate(model, batches(1))
+    assert report.active_share == share == total_active(model) / (4 * layers)
+    keeps_all = report.layers[0].active_heads == 4
+    assert keeps_all is (share == 0.75 and layers > 1)
+    assert ("Only 0 of the first 1 layers keep all heads" in caplog.text) is not keeps_all
+
+
+def test_layers_of_different_steps_keep_their_number_of_heads():
+    """Groups of four and of three heads: no single layer can make up for what another one has too many."""
+    model = converted(config=MoHConfig(active_heads=3, shared_heads=0))
+    calibration = Calibration(
+        ConvertedModel(model), [{"input_ids": ids} for ids in batches(1)], CalibrationConfig(), None
+    )
+    calibration.heads = [LayerHeads(8, 4, 0), LayerHeads(6, 3, 0)]
+    names = [site.name for site in calibration.sites]
+    counts = dict(zip(names, ([4], [3]), strict=True))
+    losses = dict(zip(names, ({4: 1.0}, {3: 1.0}), strict=True))
+    calibration.probe_heads = lambda: calibration.heads
+    for sensitivity in ({names[0]: 1.0, names[1]: 2.0}, {names[0]: 2.0, names[1]: 1.0}, {}):
+        chosen = calibration.budget(counts, losses, sensitivity)
+        assert [heads.active_heads for heads in chosen] == [4, 3]
 
 
 def test_the_loudest_head_becomes_the_shared_one():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+
+logger = logging.getLogger(__name__)
 
 
 def share_out(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:
@@ -35,3 +38,22 @@ def share_out(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:
         cheapest = min(open_layers, key=price)
         left -= steps[cheapest][place[cheapest]] - steps[cheapest][place[cheapest] + 1]
         place[cheapest] += 1
+
+
+def most_dense(costs: Sequence[Mapping[int, float]], wanted: int, total: int) -> int:
+    """How many of the first layers can keep all heads, where the others make up for it with as few as they may have.
+
+    Args:
+        costs: as above.
+        wanted: how many shall; fewer are told.
+        total: as above.
+    """
+    wanted = min(wanted, len(costs))
+    least, most = [min(cost) for cost in costs], [max(cost) for cost in costs]
+    kept = next((k for k in range(wanted, 0, -1) if sum(most[:k]) + sum(least[k:]) <= total), 0)
+    if kept < wanted:
+        logger.info(
+            "Only %d of the first %d layers keep all heads: the others would need more than %d heads in all.",
+            *(kept, wanted, total),
+        )
+    return kept

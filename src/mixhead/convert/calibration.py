@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mixhead.convert.batches import Batch, checked_batches
-from mixhead.convert.budget import share_out
+from mixhead.convert.budget import most_dense, share_out
 from mixhead.convert.refit import OutputSums
 from mixhead.convert.statistics import LayerFit, LossSums, Means, ScoreSums, Statistics
 from mixhead.convert.subject import Subject, marked_calibrated, subject_of
@@ -41,8 +41,9 @@ class CalibrationConfig:
     Attributes:
         budget: "sensitivity" shares the heads out among the layers by what they are worth there; "uniform" leaves every
             layer as configured.
-        dense_layers: so many first layers keep all heads under the sensitivity budget: they see little more than the
-            bare token, and a router fitted there does not carry over to tokens that the calibration text lacks.
+        dense_layers: so many first layers keep all heads under the sensitivity budget, as far as the others can make up
+            for it: they see little more than the bare token, and a router fitted there does not carry over to tokens
+            that the calibration text lacks.
         least_share: no layer gets fewer heads than this share of its own.
         pilot_batches: batches for the means and for the loss at each number of heads.
         probe_sequences: sequences for the sensitivity of each layer (one forward pass per layer), off the last batch.
@@ -292,15 +293,18 @@ class Calibration:
         self, counts: dict[str, list[int]], losses: dict[str, dict[int, float]], sensitivity: dict[str, float]
     ) -> list[LayerHeads]:
         """Step 3: as many active heads as configured, shared out among the layers."""
-        costs: list[dict[int, float]] = []
-        for index, (site, heads, probed) in enumerate(zip(self.sites, self.heads, self.probe_heads(), strict=True)):
-            cost = {heads.num_heads: 0.0}
+        costs = []
+        for site, heads, probed in zip(self.sites, self.heads, self.probe_heads(), strict=True):
             reference = losses[site.name].get(probed.active_heads, 0.0)
-            if index >= self.config.dense_layers and reference > 0.0:
-                scale = sensitivity.get(site.name, 0.0) / reference
-                cost |= {k: scale * losses[site.name][k] for k in counts[site.name]}
-            costs.append(cost)
-        chosen = share_out(costs, sum(heads.active_heads for heads in self.heads))
+            scale = sensitivity.get(site.name, 0.0) / reference if reference > 0.0 else math.nan
+            routed = {k: scale * losses[site.name][k] for k in counts[site.name] if scale >= 0.0}
+            costs.append({heads.num_heads: 0.0, **routed})
+        total = sum(heads.active_heads for heads in self.heads)
+        dense = most_dense(costs, self.config.dense_layers, total)
+        chosen = share_out([{max(cost): 0.0} if i < dense else cost for i, cost in enumerate(costs)], total)
+        if sum(chosen) > total:
+            logger.info("No shares of single layers add up to %d heads: every layer keeps its configured ones.", total)
+            return self.heads
         return [
             LayerHeads(heads.num_heads, active, min(heads.shared_heads, active))
             for heads, active in zip(self.heads, chosen, strict=True)

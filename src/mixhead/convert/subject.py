@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mixhead.convert.dit import dit_sites, set_dit_layer_heads
-from mixhead.convert.swap import set_layer_heads
+from mixhead.convert.swap import refuse_sharded, set_layer_heads
 from mixhead.errors import MixheadError
 from mixhead.models.calibrated import CALIBRATED
 from mixhead.models.hugging_face import AttentionSite, MoHModelMixin, find_sites
@@ -188,7 +188,8 @@ def shown_heads(site: AttentionSite, observer: Observer) -> Iterator[None]:
 
 
 def subject_of(model: nn.Module) -> Subject:
-    """The model as calibration sees it; raises where it has no linear routers."""
+    """The model as calibration sees it; raises where it has no linear routers, or is split among processes."""
+    refuse_sharded(model, "Calibrate")
     if isinstance(model, MoHDiT) and model.config.router == "linear" and model.config.shared_heads is not None:
         return ConvertedDiT(model)
     if not isinstance(model, MoHModelMixin) or model.config.moh["router"] != "linear":

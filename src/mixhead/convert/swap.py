@@ -6,6 +6,7 @@ import copy
 from dataclasses import asdict
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.jetmoe.modeling_jetmoe import JetMoePreTrainedModel
@@ -48,8 +49,11 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
         config: how many heads are active and shared, and which router decides; none for a JetMoE.
 
     Raises:
-        MixheadError: where the architecture cannot be converted, or the configuration does not fit it.
+        MixheadError: where the architecture cannot be converted, its weights are split among processes, or the
+            configuration does not fit it.
     """
+    if isinstance(model, nn.Module):
+        refuse_sharded(model, "Convert")
     if isinstance(model, JetMoePreTrainedModel):
         convert_jetmoe(model, config)
         return model
@@ -85,6 +89,32 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
         raise
     model.config.moh[CALIBRATED] = not learned_routers(model)
     return model
+
+
+def refuse_sharded(model: nn.Module, verb: str) -> None:
+    """Refuses a model whose weights are split among processes: those of new routers would belong to each process alone.
+
+    Args:
+        model: any.
+        verb: what is to be done before it is split.
+    """
+    sharded = any(
+        isinstance(parameter, kinds_of_sharded()) or hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )
+    if sharded or any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise MixheadError(
+            f"The weights of this {type(model).__name__} are split among processes (FSDP, DeepSpeed, tensor "
+            f"parallelism), and its routers would not be. {verb} it first, then split it."
+        )
+
+
+def kinds_of_sharded() -> tuple[type, ...]:
+    """Tensors that are parts of one; none where PyTorch was built without `torch.distributed`."""
+    if not torch.distributed.is_available():
+        return ()
+    from torch.distributed.tensor import DTensor
+
+    return (DTensor,)
 
 
 def take_own_configuration(model: PreTrainedModel, config_class: type[PreTrainedConfig]) -> None:
