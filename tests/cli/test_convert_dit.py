@@ -1,7 +1,10 @@
 """`mixhead convert` with diffusion transformers: published files, folders of diffusers, calibration on images."""
 
-import numpy as np
 import pytest
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+import numpy as np
 import torch
 from PIL import Image
 

@@ -9,6 +9,7 @@ from zoo import EVERY, PADDING, SIZES, TOKENS, WRITERS, ZOO, maker, sound, token
 
 import mixhead
 from mixhead import MoHConfig
+from mixhead.models.hugging_face import attention
 from mixhead.ops import IMPLEMENTATIONS, cpu
 from mixhead.recording.listen import real_tokens
 
@@ -41,6 +42,26 @@ def test_generation_with_a_cache_equals_generation_without(name, router):
     uncached_ids, uncached_logits = write(model, input_ids=tokens(), use_cache=False)
     assert torch.equal(ids, uncached_ids)
     torch.testing.assert_close(logits, uncached_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_engine_may_be_asked_for(name, monkeypatch):
+    """As the call of the model may; it reaches every call of the generation."""
+    model = converted(name)
+    ids, logits = write(model, input_ids=tokens())
+    asked = []
+    attend = attention.head_attention
+
+    def seen(*args, impl, **kwargs):
+        asked.append(impl)
+        return attend(*args, impl=impl, **kwargs)
+
+    monkeypatch.setattr(attention, "head_attention", seen)
+    same_ids, same_logits = write(model, input_ids=tokens(), head_attention_impl="reference")
+    assert torch.equal(ids, same_ids) and {*asked} == {"reference"}
+    torch.testing.assert_close(logits, same_logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(mixhead.MixheadError, match="impl"):
+        write(model, input_ids=tokens(), head_attention_impl="none")
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -46,6 +46,46 @@ def test_a_model_without_attention():
         mixhead.convert(model)
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    """What distribution takes, with a single process."""
+    dist = pytest.importorskip("torch.distributed")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_weights_that_are_split_among_processes(one_process):
+    """New routers would not be split, nor their gradients summed: each process would train its own."""
+    from torch.distributed.fsdp import fully_shard
+
+    with refuses(r"weights of this FSDPLlamaForCausalLM are split among processes .* Convert it first, then split it"):
+        mixhead.convert(fully_shard(ZOO["llama"].make()))
+    model = fully_shard(mixhead.convert(ZOO["llama"].make()))
+    with refuses("Calibrate it first, then split it"):
+        mixhead.calibrate(model, [torch.zeros(1, 4, dtype=torch.long)])
+    answer(ZOO["llama"], model)
+
+
+def test_weights_that_deepspeed_has_split():
+    model = ZOO["llama"].make()
+    next(model.parameters()).ds_id = 0
+    with refuses("split among processes"):
+        mixhead.convert(model)
+
+
+def test_tensor_parallelism_at_loading(tmp_path, monkeypatch):
+    """Two processes would each route among half of the heads as if these were all."""
+    from transformers.distributed import DistributedConfig
+
+    mixhead.save(mixhead.convert(ZOO["llama"].make()), None, tmp_path / "model")
+    asked = DistributedConfig(tp_plan="auto", tp_size=2)
+    monkeypatch.setattr(t.PreTrainedModel, "prepare_distribute_model", lambda *_, **__: (asked, None, None))
+    for loader in (t.AutoModelForCausalLM, t.LlamaForCausalLM, type(mixhead.load(tmp_path / "model"))):
+        with refuses(r"cannot be split by tensor parallelism \(tp_plan, tp_size\)"):
+            loader.from_pretrained(tmp_path / "model", distributed_config=asked)
+
+
 def test_a_module_that_is_not_of_transformers():
     with refuses("takes a model of transformers or a MoHDiT, but this is a Linear"):
         mixhead.convert(torch.nn.Linear(2, 2))

@@ -40,6 +40,25 @@ def test_every_colour_space_becomes_rgb(tmp_path: Path, mode: str, suffix: str):
     assert np.asarray(image)[:, 0].mean() < 20 < 235 < np.asarray(image)[:, -1].mean()
 
 
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "TGA", "PCX"])
+def test_only_the_formats_of_the_list_are_opened_whatever_a_file_is_called(tmp_path: Path, kind: str, monkeypatch):
+    """Pillow would hand PostScript to an interpreter."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("was started"))
+    for name in ("image.png", "image.eps"):
+        ramp().save(tmp_path / name, kind)
+        with pytest.raises(MixheadError, match=r"image\.\w+ is no image that can be read"):
+            read_image(tmp_path / name)
+        with pytest.raises(MixheadError, match="is no image that can be read"):
+            read_image((tmp_path / name).read_bytes(), "bytes")
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP"])
+def test_the_formats_of_the_list(tmp_path: Path, kind: str):
+    """MPO is what many cameras write as JPEG."""
+    ramp().save(tmp_path / "image", kind, **({"save_all": True, "append_images": [ramp()]} if kind == "MPO" else {}))
+    assert read_image(tmp_path / "image").size == SIZE
+
+
 @pytest.mark.parametrize(("dtype", "suffix"), [(np.uint16, "png"), (np.uint16, "tif"), (np.int32, "tif")])
 def test_sixteen_bits_become_eight_and_are_not_clipped(tmp_path: Path, dtype: type, suffix: str):
     values = np.tile(np.linspace(0, 65_535, SIZE[0]), (SIZE[1], 1)).astype(dtype)

@@ -84,6 +84,44 @@ def test_a_dense_model_is_refused(player):
         )
 
 
+def test_a_prompt_that_would_block_the_page_is_refused(player, monkeypatch):
+    with pytest.raises(MixheadError, match=r"200,000 characters.*give at most 8,000"):
+        next(player.write("x" * 200_000, 1, 0, {}))
+    asked = []
+
+    def stream(model, tokenizer, prompt, new_tokens):
+        asked.append(new_tokens)
+        return [Written(["the"], 1)]
+
+    monkeypatch.setattr("mixhead.inspect.play.stream", stream)
+    [*player.write("the", 10**6, 0, {})]
+    assert asked == [200, 200]
+
+
+def test_other_pages_are_not_answered(player):
+    pytest.importorskip("gradio", reason="Gradio is not installed")
+    import httpx
+
+    blocks = serve(player, "Heads", None)
+    try:
+        own = blocks.local_url.rstrip("/")
+        host = own.removeprefix("http://")
+        call = f"{own}/gradio_api/call/run"
+        asked = {"data": ["the", 1, 0, [], {}, "0"]}
+        for headers in ({"Host": "rebound.example"}, {"Host": f"rebound.example:{blocks.server_port}"}, {"Host": ""}):
+            assert httpx.get(own, headers=headers).status_code == 403
+            assert httpx.post(call, json=asked, headers=headers).status_code == 403
+        for origin in ("https://foreign.example", f"https://{host}", "http://localhost:1", "null"):
+            answer = httpx.post(call, json=asked, headers={"Origin": origin})
+            assert answer.status_code == 403 and "answers itself alone" in answer.text
+        assert httpx.get(own).status_code == 200
+        forwarded = {"Host": "localhost:8123", "Origin": "http://localhost:8123"}
+        assert httpx.get(own, headers=forwarded).status_code == 200
+        assert httpx.post(call, json=asked, headers={"Origin": own}).status_code == 200
+    finally:
+        blocks.close()
+
+
 def test_a_reader_writes_switches_heads_off_and_changes_their_number(player, browser):
     pytest.importorskip("gradio", reason="Gradio is not installed")
     blocks = serve(player, "Heads of <tiny>", None)

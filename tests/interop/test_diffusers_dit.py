@@ -1,8 +1,11 @@
 """Dense DiTs of diffusers: the same numbers here and there."""
 
+import pytest
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+
 import json
 
-import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 

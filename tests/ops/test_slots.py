@@ -62,6 +62,18 @@ def test_what_is_not_selected_never_reaches_the_output_or_a_gradient(poison):
     assert results[1][1].masked_select(unused_BHN1).eq(0).all()
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("promised", [True, False])
+def test_where_nothing_is_selected_nothing_reaches_the_output_or_a_gradient(poison, promised):
+    q, k, v, routing = make(count=0, promised=promised)
+    leaves = [t.requires_grad_() for t in (torch.full_like(q, poison), k, v)]
+    gates = torch.full_like(routing.gates_BNH, poison).requires_grad_()
+    for impl in ("reference", "dense", "gathered", "slots"):
+        out = head_attention(*leaves, replace(routing, gates_BNH=gates), causal=True, impl=impl)
+        gradients = torch.autograd.grad(out.sum(), [*leaves, gates])
+        assert all(t.eq(0).all() for t in (out, *gradients)), impl
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("additive", [True, False])
 def test_padding(causal, additive):

@@ -79,8 +79,12 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     ):  # fmt: skip
         path = tmp_path / "bad.yaml"
         path.write_text(text)
-        with pytest.raises(MixheadError, match=sentence):
+        with pytest.raises(MixheadError, match=sentence) as refused:
             read_recipe(str(path))
+        assert "\n" not in str(refused.value)
+    path.write_text("# A game\ntask: [game\nx: 1 # many\n")
+    with pytest.raises(MixheadError, match=r"is no YAML \(expected ',' or '\]', but got ':' in line 3\)"):
+        read_recipe(str(path))
 
 
 def test_the_command_line_lists_copies_and_refuses(

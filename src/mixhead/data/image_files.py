@@ -31,6 +31,8 @@ MIN_SIDE = 4
 MAX_ASPECT = 64
 # What files of images are called; others in a folder are no images and left alone.
 SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+# What Pillow may take a file for, whatever it is called: its reader of PostScript, for one, starts an interpreter.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def read_image(source: Path | bytes, name: str | None = None) -> Image:
@@ -49,7 +51,8 @@ def read_image(source: Path | bytes, name: str | None = None) -> Image:
         with warnings.catch_warnings():
             # Pillow warns of sizes beyond its own limit; ours is checked below and is an error.
             warnings.simplefilter("ignore", pillow_image.DecompressionBombWarning)
-            with pillow_image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            opened = io.BytesIO(source) if isinstance(source, bytes) else source
+            with pillow_image.open(opened, formats=FORMATS) as image:
                 check_size(image.size, name)
                 image.load()
                 return to_rgb(image)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from mixhead.recording.names import short_names
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f6fc9", "#777777")
 STEPS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
+MOST_CHARACTERS, MOST_TOKENS = 8_000, 200  # of a prompt, and new ones
+LOCAL = ("127.0.0.1", "localhost", "[::1]")  # by whatever port: it may be forwarded
 CSS = """
 .mixhead { line-height: 2.1; overflow-wrap: anywhere; white-space: pre-wrap; min-height: 8rem; font-size: 1rem; }
 .mixhead .t { padding: .1em 0 .35em; border-radius: 3px; background-repeat: no-repeat; background-position: 1px 100%;
@@ -69,7 +72,16 @@ class Player:
             new_tokens: at most so many.
             active_heads: heads of every token in every layer; 0 as converted.
             off: heads that are switched off, by layer.
+
+        Raises:
+            MixheadError: where the prompt is too long for a page.
         """
+        if len(prompt) > MOST_CHARACTERS:
+            raise MixheadError(
+                f"The prompt has {len(prompt):,} characters, of which a page would wait for long: give at most "
+                f"{MOST_CHARACTERS:,}."
+            )
+        new_tokens = min(new_tokens, MOST_TOKENS)
         sparse, dense = Written(), Written()
         speeds: list[str] = []
         for name, steering in (
@@ -204,11 +216,13 @@ def page(player: Player, title: str) -> Any:
             f"# {html.escape(title)}\nA token takes the colour of the rarest head that it used in the chosen layer; "
             "the strip beneath shows all of them. The newest token has used none yet."
         )
-        prompt = gr.Textbox("The state of the Union is", label="Prompt", lines=2, elem_id="prompt")
+        prompt = gr.Textbox(
+            "The state of the Union is", label="Prompt", lines=2, max_length=MOST_CHARACTERS, elem_id="prompt"
+        )
         with gr.Row():
             start = gr.Button("Write", variant="primary", elem_id="write")
             stop = gr.Button("Stop", elem_id="stop")
-            new_tokens = gr.Slider(1, 200, 40, step=1, label="New tokens", elem_id="new-tokens")
+            new_tokens = gr.Slider(1, MOST_TOKENS, 40, step=1, label="New tokens", elem_id="new-tokens")
             active = gr.Slider(0, most, 0, step=1, label="Heads per token (0: as converted)", elem_id="active")
         with gr.Row():
             layer = gr.Dropdown(short, value=short[len(short) // 2], label="Layer", elem_id="layer")
@@ -231,6 +245,34 @@ def page(player: Player, title: str) -> Any:
         layer.change(show_layer, [layer, off, written], [heads_off, sparse])
         heads_off.input(switch, [layer, heads_off, off], off)
     return blocks
+
+
+class OnlyItsOwnPage:
+    """Refuses what another page asks for: under a name that was bound to this machine afterwards, or from its origin.
+
+    Args:
+        app: the ASGI application that answers all else.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan" or self.is_own(
+            {name: value.decode("latin-1") for name, value in scope["headers"]}
+        ):
+            await self.app(scope, receive, send)
+            return
+        from starlette.responses import PlainTextResponse
+
+        answer = "This page answers itself alone: open it as http://127.0.0.1 or http://localhost."
+        await PlainTextResponse(answer, status_code=403)(scope, receive, send)
+
+    @staticmethod
+    def is_own(headers: Mapping[bytes, str]) -> bool:
+        """Whether a request is for this machine, and no other page's."""
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        return re.sub(r":\d+$", "", host) in LOCAL and origin in (None, f"http://{host}")
 
 
 def serve(player: Player, title: str, port: int | None) -> Any:
@@ -257,6 +299,7 @@ def serve(player: Player, title: str, port: int | None) -> Any:
         theme=theme,
         css=CSS,
         footer_links=[],
+        app_kwargs={"middleware": [(OnlyItsOwnPage, (), {})]},
         prevent_thread_lock=True,
     )
     return blocks

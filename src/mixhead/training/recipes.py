@@ -82,7 +82,7 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MixheadError(f"The recipe {path} is no YAML: {error}") from error
+        raise MixheadError(f"The recipe {path} is no YAML ({error}).") from error
     if not isinstance(values, dict) or not isinstance(values.get("task"), str):
         raise MixheadError(f"The recipe {path} must be a mapping whose key `task` names what is trained.")
     for override in overrides:
@@ -99,7 +99,10 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.safe_load(text)
-    except (ValueError, RecursionError) as error:
+    except yaml.MarkedYAMLError as error:  # whose own words quote the text, over many lines
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        raise yaml.YAMLError(f"{error.problem} in line {line}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise yaml.YAMLError(first_line(error)) from error
 
 

@@ -1,7 +1,10 @@
 """MoH-DiT among the models of diffusers: its pipelines, its schedulers, its folders."""
 
-import diffusers
 import pytest
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,

@@ -1,7 +1,10 @@
 """Images to calibrate a diffusion transformer on, as pixels and as latents."""
 
-import numpy as np
 import pytest
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 

@@ -1,9 +1,12 @@
 """The losses of a diffusion model against diffusers' own process and against PyTorch's distributions."""
 
+import pytest
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+
 import math
 from typing import get_args
 
-import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence

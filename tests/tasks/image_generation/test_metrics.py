@@ -1,9 +1,12 @@
 """FID and its companions: against torchmetrics, against cases with known answers, and in batches of any size."""
 
+import pytest
+
+pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+
 import hashlib
 import json
 
-import pytest
 import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance

@@ -1,5 +1,9 @@
 """A tiny generator from the recipe to the picture: trained, interrupted, resumed, drawn from, measured."""
 
+import pytest
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+
 import csv
 import json
 import math
@@ -7,7 +11,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL

@@ -15,6 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mixhead.errors import MixheadError
 from mixhead.models.hugging_face.configuration import FILE_FIELDS, NAME, check_description, moh_config_class
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class RoutedLoading(HfQuantizer):
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The configuration to build the model from: that of a converted model."""
+        refuse_tensor_parallelism(getattr(config, "distributed_config", None))
         return converted_configuration(config)
 
     def preprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -55,6 +57,19 @@ class RoutedLoading(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether what it loads may be trained."""
         return True
+
+
+def refuse_tensor_parallelism(config: Any) -> None:
+    """Refuses to split heads among processes: a router of each would choose among all of them.
+
+    Args:
+        config: the `DistributedConfig` of transformers; None where nothing is distributed.
+    """
+    if config is not None and (config.tp_size or 1) > 1:
+        raise MixheadError(
+            "A converted model cannot be split by tensor parallelism (tp_plan, tp_size): its routers choose among the "
+            "heads of all processes. Load it whole in each process, or split its weights with fully_shard."
+        )
 
 
 def converted_configuration(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -24,6 +24,7 @@ from mixhead.models.hugging_face.attention import ATTENTION, ATTENTION_OF_EAGER
 from mixhead.models.hugging_face.balance import balance_term, carried
 from mixhead.models.hugging_face.call import Call, StandIn, carrying_calls, running
 from mixhead.models.hugging_face.configuration import moh_config_class, name_of, new_instance
+from mixhead.models.hugging_face.loading import refuse_tensor_parallelism
 from mixhead.models.hugging_face.routers import attach_routers, initialise_routing
 from mixhead.models.hugging_face.trace import RoutingTrace
 
@@ -44,6 +45,12 @@ class MoHModelMixin:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickled as its state and what its class is made from, since the class has the name of another."""
         return new_instance, (moh_model_class, self.base_model_class), self.__getstate__()
+
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, *args: Any) -> nn.Module:
+        """Called by transformers where weights are to be distributed while they are loaded."""
+        refuse_tensor_parallelism(distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, *args)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise_routing(module)

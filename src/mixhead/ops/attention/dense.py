@@ -26,8 +26,9 @@ def attend(
     tensors = (q_BHND, k_BKTD, v_BKTD, gates_BNH)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if differentiable:
-        # Rows that nobody reads are cleared: the gradient of a NaN that is masked later is NaN all the same.
+        # What nobody reads is cleared: the gradient of a NaN that is masked later is NaN all the same.
         q_BHND = q_BHND.masked_fill(~selected_BHN1, 0.0)
+        gates_BNH = gates_BNH.masked_fill(~selected_BNH, 0.0)
     out_BHND = stock_attention(q_BHND, k_BKTD, v_BKTD, causal=causal, scale=scale, attn_mask=attn_mask)
     gates_BHN1 = gates_BNH.transpose(1, 2).unsqueeze(-1)
     if differentiable:

@@ -44,8 +44,8 @@ def attend(
         )
     else:
         out_BHMD = stock_attention(gathered_BHMD, k_BKTD, v_BKTD, causal=False, scale=scale, attn_mask=None)
-    gate_BHM = gates_BNH.transpose(1, 2).gather(2, position_BHM)
-    out_BHMD = torch.where(used_BHM1, out_BHMD * gate_BHM.unsqueeze(-1), 0.0)
+    gate_BHM1 = gates_BNH.transpose(1, 2).gather(2, position_BHM).unsqueeze(-1).masked_fill(~used_BHM1, 0.0)
+    out_BHMD = torch.where(used_BHM1, out_BHMD * gate_BHM1, 0.0)
     return torch.zeros_like(q_BHND, dtype=out_BHMD.dtype).scatter(2, index_BHMD, out_BHMD)
 
 

@@ -28,8 +28,9 @@ def attend(
     """Each selected head's attention times its gate, [B, H, N, D]; zero where a head is not selected."""
     gates_BNH, selected_BNH = routing.gates_BNH, routing.selected_BNH
     selected_BHN1 = selected_BNH.transpose(1, 2).unsqueeze(-1)
-    # Rows that nobody reads are cleared, since the gradient of a NaN that is masked later is NaN all the same.
+    # What nobody reads is cleared, since the gradient of a NaN that is masked later is NaN all the same.
     q_BHND = q_BHND.masked_fill(~selected_BHN1, 0.0)
+    gates_BNH = gates_BNH.masked_fill(~selected_BNH, 0.0)
     groups = q_BHND.shape[1] // k_BKTD.shape[1]
     k_BHTD = k_BKTD.repeat_interleave(groups, dim=1)
     v_BHTD = v_BKTD.repeat_interleave(groups, dim=1)

@@ -68,7 +68,10 @@ def attend(
     selected_BKNG = by_group(selected_BNH, kv_heads)
     if heads_per_group is None:
         heads_per_group = int(selected_BKNG[0, 0, 0].sum())
-    # Where nothing is selected one slot is computed all the same, and dropped at the end.
+    if heads_per_group == 0:  # one slot is computed all the same, of nothing, and dropped at the end
+        q_BHND, k_BKTD, v_BKTD = (
+            torch.where(t.new_zeros((), dtype=torch.bool), t, 0) for t in (q_BHND, k_BKTD, v_BKTD)
+        )
     head_BKNS = selected_first(selected_BKNG)[..., : max(heads_per_group, 1)]
 
     q_BKGND = q_BHND.unflatten(1, (kv_heads, -1))
