@@ -36,9 +36,8 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_is_left_alone(tmp_pat
     train_recipe(line(steps=5), tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != LOCK}
     with only_run_in(tmp_path / "run"):
-        for resume in (True, False):
-            with pytest.raises(MixheadError, match=rf"run is in use by another run \(process {os.getpid()} on "):
-                train_recipe(line(steps=5), tmp_path / "run", resume=resume)
+        with pytest.raises(MixheadError, match=rf"run is in use by another run \(process {os.getpid()} on "):
+            train_recipe(line(steps=5), tmp_path / "run", resume=True)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.name != LOCK} == before
     assert train_recipe(line(steps=5), tmp_path / "run", resume=True).resumed_from == 5
 

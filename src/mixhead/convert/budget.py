@@ -8,16 +8,19 @@ from collections.abc import Mapping, Sequence
 logger = logging.getLogger(__name__)
 
 
-def share_out(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:
+def share_out(costs: Sequence[Mapping[int, float]], total: int, dense_layers: int = 0) -> list[int]:
     """Takes heads away where that costs least until `total` are left; from all heads, one step at a time.
 
     Args:
         costs: for every layer, what each allowed number of heads costs; the largest number is where it begins.
         total: heads that may be left over all layers.
+        dense_layers: so many first layers keep all heads, as far as the others can make up for it.
 
     Returns:
         The number of heads of every layer. They sum to `total`, or to the nearest sum above it that the steps allow.
     """
+    dense = most_dense(costs, dense_layers, total)
+    costs = [{max(cost): 0.0} if layer < dense else cost for layer, cost in enumerate(costs)]
     steps = [sorted(cost, reverse=True) for cost in costs]
     place = [0] * len(steps)
     left = sum(step[0] for step in steps)

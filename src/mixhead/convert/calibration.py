@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mixhead.convert.batches import Batch, checked_batches
-from mixhead.convert.budget import most_dense, share_out
+from mixhead.convert.budget import share_out
 from mixhead.convert.refit import OutputSums
 from mixhead.convert.statistics import LayerFit, LossSums, Means, ScoreSums, Statistics
 from mixhead.convert.subject import Subject, marked_calibrated, subject_of
@@ -300,8 +300,7 @@ class Calibration:
             routed = {k: scale * losses[site.name][k] for k in counts[site.name] if scale >= 0.0}
             costs.append({heads.num_heads: 0.0, **routed})
         total = sum(heads.active_heads for heads in self.heads)
-        dense = most_dense(costs, self.config.dense_layers, total)
-        chosen = share_out([{max(cost): 0.0} if i < dense else cost for i, cost in enumerate(costs)], total)
+        chosen = share_out(costs, total, self.config.dense_layers)
         if sum(chosen) > total:
             logger.info("No shares of single layers add up to %d heads: every layer keeps its configured ones.", total)
             return self.heads
