@@ -1,8 +1,14 @@
-"""Whether the weights of a layer may be read: in any other case only the layer knows how it computes, and is called."""
+"""Whether the weights of a layer may be read, and where it computes whatever holds its weights.
+
+In any other case only the layer knows how it computes, and is called.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+
+COMPUTES_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -17,3 +23,17 @@ def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
         and "forward" not in vars(layer)
         and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
     )
+
+
+def place_of(layer: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a layer computes and in which dtype."""
+    weights = [*layer.parameters(), *layer.buffers()]
+    floating = next((w.dtype for w in weights if w.dtype in COMPUTES_IN), None)
+    if floating is None:
+        floating = next((w.dtype for w in model.parameters() if w.dtype in COMPUTES_IN), torch.float32)
+    for part in layer.modules():  # accelerate's hooks bring the weights of an offloaded layer while it runs
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device), floating  # type: ignore[union-attr]
+    return next((w.device for w in weights), torch.device("cpu")), floating

@@ -81,7 +81,8 @@ def main_input(model: nn.Module) -> str:
 
 def check_names(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Raises where the model takes no argument of that name, or an argument that it cannot do without is missing."""
-    parameters = inspect.signature(model.forward).parameters
+    # Of the class: what hooks put in the place of the model's own forward takes anything.
+    parameters = dict([*inspect.signature(type(model).forward).parameters.items()][1:])
     open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     unknown = [] if open_ended else [name for name in batch if name not in parameters]
     plain = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)

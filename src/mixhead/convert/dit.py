@@ -15,9 +15,10 @@ from torch import Tensor
 from mixhead.convert.config import MoHConfig
 from mixhead.errors import MixheadError
 from mixhead.models.calibrated import WARNED, learned_routers
-from mixhead.models.hugging_face import AttentionSite, place_of
+from mixhead.models.hugging_face import AttentionSite
 from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig
 from mixhead.nn import MixtureOfHeadAttention
+from mixhead.plain import place_of
 from mixhead.routing import LayerHeads, router_kind
 
 TRAINING_STEPS = 1000

@@ -22,6 +22,7 @@ from mixhead.models.hugging_face import (
     attach_router,
     attention_of,
     become_converted,
+    change_class,
     detach_router,
     find_sites,
     moh_config_class,
@@ -156,7 +157,7 @@ def revert(model: Any) -> Any:
     original_attention = model.config.moh["original_attention"]
     take_own_configuration(model, model.config.base_config_class)
     del model.config.moh
-    model.__class__ = model.base_model_class
+    change_class(model, model.base_model_class)
     vars(model).pop(WARNED, None)
     model.set_attn_implementation(original_attention)
     return model

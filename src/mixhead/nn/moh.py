@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
 from mixhead.ops import explain_projection, head_attention, project_from_heads, project_to_heads, weight_by_head
 from mixhead.ops.skipped import fill_skipped
 from mixhead.ops.stock import stock_attention
-from mixhead.plain import is_plain
+from mixhead.plain import is_plain, place_of
 from mixhead.routing import Routing, router_kind
 
 
@@ -95,16 +96,17 @@ class MixtureOfHeadAttention(nn.Module):
             self.set_router(router, shared_heads, top_k, group_balanced=group_balanced)
 
     def set_router(self, kind: str, shared_heads: int, top_k: int, *, group_balanced: bool = False) -> None:
-        """A fresh router of that kind, in the dtype and on the device of the weights."""
-        weight = self.o_proj.weight
+        """A fresh router of that kind, where this layer computes and in its dtype."""
+        device, dtype = place_of(self.o_proj, self)
         num_groups = self.num_key_value_heads if group_balanced else 1
         make = router_kind(kind, num_groups > 1).make
         made = make(self.q_proj.in_features, self.num_heads, shared_heads, top_k, num_groups)
-        self.router = made.to(device=weight.device, dtype=weight.dtype).train(self.training)
+        self.router = made.to(device=device, dtype=dtype).train(self.training)
 
     def reset_skipped(self) -> None:
         """Lets zeros stand in for skipped heads, until calibration measures their mean outputs."""
-        self.skipped_HD = self.o_proj.weight.new_zeros(self.num_heads, self.head_dim)
+        device, dtype = place_of(self.o_proj, self)
+        self.skipped_HD = torch.zeros(self.num_heads, self.head_dim, device=device, dtype=dtype)
 
     def remove_router(self) -> None:
         """All heads again."""

@@ -74,8 +74,6 @@ class MoHConfigMixin:
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Writes the form of the file; see the head of this module."""
         described = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
-        if "quantization_config" in described:
-            raise MixheadError("The weights of this converted model are quantised, and cannot be saved so.")
         text = json.dumps({**described, **FILE_FIELDS}, indent=2, sort_keys=True) + "\n"
         Path(json_file_path).write_text(text, encoding="utf-8")
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -82,7 +84,13 @@ class MoHModelMixin:
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; says where the routers would be saved as random as they are."""
+        """As in transformers; refuses quantised weights, and says where the routers are as random as they were made."""
+        quantised = getattr(self.config, "quantization_config", None) is not None
+        if quantised or not all(is_stored_as_it_is(weight) for weight in self.parameters()):  # type: ignore[attr-defined]
+            raise MixheadError(
+                f"The weights of this {type(self).__name__} are quantised, and cannot be saved so: save the model "
+                "before that is done, and quantise what is loaded."
+            )
         if not self.config.moh.get(CALIBRATED, True):
             warn_of_random_heads(self, self.config.moh["router"])
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
@@ -96,6 +104,11 @@ class MoHModelMixin:
                 "all heads. Call mixhead.revert on it first."
             )
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+
+
+def is_stored_as_it_is(weight: Tensor) -> bool:
+    """Whether a weight is numbers that a file keeps, here or on several devices."""
+    return type(weight) in (nn.Parameter, Tensor) or isinstance(weight, DTensor)
 
 
 def model_that_saves() -> PreTrainedModel | None:
@@ -193,8 +206,31 @@ def become_converted(model: PreTrainedModel) -> None:
     if isinstance(model, MoHModelMixin):
         return
     register_models(type(model.config))  # type: ignore[arg-type]
-    model.__class__ = moh_model_class(type(model))  # type: ignore[arg-type]
+    change_class(model, moh_model_class(type(model)))  # type: ignore[arg-type]
     attach_routers(model)
+
+
+def change_class(model: PreTrainedModel, new: type[PreTrainedModel]) -> None:
+    """Gives a model another class, also where accelerate's hooks have put the forward of the old one into the model.
+
+    Raises:
+        MixheadError: where something else stands there, which would go on calling the old one.
+    """
+    own, bound = vars(model), types.MethodType(new.forward, model)
+    if "forward" in own:
+        names = [name for name in ("_old_forward", "forward") if calls(own.get(name), type(model).forward)]
+        if not names:
+            raise MixheadError(
+                f"The forward of this {type(model).__name__} was replaced, as by Accelerator.prepare, and would not "
+                "know of its heads: convert the model first, and wrap it then."
+            )
+        own[names[0]] = bound
+    model.__class__ = new
+
+
+def calls(found: Any, function: Callable[..., Any]) -> bool:
+    """Whether an attribute is that function as a method."""
+    return getattr(found, "__func__", None) is function
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mixhead.errors import MixheadError
-from mixhead.plain import is_plain
+from mixhead.plain import is_plain, place_of
 
 # What attention modules of transformers call the layer that queries come from, and the one that heads go into.
 QUERY_PROJECTIONS = (
@@ -27,7 +27,6 @@ OUTPUT_PROJECTIONS = (
     "o_proj", "out_proj", "c_proj", "dense", "proj", "projection", "projection_layer", "output_projection",
     "linear_out", "out_lin", "Wo", "wo", "output", "to_out", "o",
 )  # fmt: skip
-COMPUTES_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What some modules hand to the attention interface, and what changes the mathematics in a way that only they know.
 FOREIGN = {
     "position_bias": "its layers add a position bias to the attention scores, which no implementation here takes",
@@ -236,17 +235,3 @@ def width_of_input(layer: nn.Module) -> int:
         if hasattr(part, "in_features"):
             return int(part.in_features)  # type: ignore[arg-type]
     raise MixheadError(f"{type(layer).__name__} does not tell its in_features.")
-
-
-def place_of(layer: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a layer computes and in which dtype."""
-    weights = [*layer.parameters(), *layer.buffers()]
-    floating = next((w.dtype for w in weights if w.dtype in COMPUTES_IN), None)
-    if floating is None:
-        floating = next((w.dtype for w in model.parameters() if w.dtype in COMPUTES_IN), torch.float32)
-    for part in layer.modules():  # accelerate's hooks bring the weights of an offloaded layer while it runs
-        hook = getattr(part, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            if getattr(each, "execution_device", None) is not None:
-                return torch.device(each.execution_device), floating  # type: ignore[union-attr]
-    return next((w.device for w in weights), torch.device("cpu")), floating
