@@ -211,13 +211,13 @@ def test_no_circle_of_files(room):
 
 
 def test_implementations_know_no_other():
-    """An engine of attention is a file with a function `attend`; only `engines` and `choose` see more than one."""
+    """An engine of attention is a file with an `ENGINE`; only `engines` and `choose` see more than one."""
     folder = PACKAGE / "ops" / "attention"
     files = {f.stem: f.read_text(encoding="utf-8") for f in folder.glob("*.py")}
     engines = {
         name
         for name, text in files.items()
-        if any(isinstance(n, ast.FunctionDef) and n.name == "attend" for n in ast.parse(text).body)
+        if any(isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "ENGINE" for n in ast.parse(text).body)
     }
     known = {
         (name, other)

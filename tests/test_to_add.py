@@ -22,6 +22,8 @@ from mixhead.errors import MixheadError
 from mixhead.models import auto
 from mixhead.nn import MixtureOfHeadAttention
 from mixhead.ops import IMPLEMENTATIONS, Engine, head_attention
+from mixhead.ops.engine import asked_for
+from mixhead.ops.engine import table as engines_by_name
 from mixhead.report import plots
 from mixhead.routing import ROUTERS, Router, RouterKind, Routing
 from mixhead.tasks.image_generation import metrics
@@ -102,6 +104,40 @@ def test_a_toy_engine(monkeypatch):
     assert (head_attention(q, q, q, routing, impl="toy") == 0.5).all()
     with pytest.raises(MixheadError, match="it takes no mask"):
         head_attention(q, q, q, routing, attn_mask=torch.ones(3, 3, dtype=torch.bool), impl="toy")
+
+
+# An operator
+
+
+def summed(x_BNHD, routing):
+    """The reference: what the selected heads of a token say, times their gates, summed up."""
+    return torch.where(routing.selected_BNH.unsqueeze(-1), x_BNHD * routing.gates_BNH.unsqueeze(-1), 0.0).sum(2)
+
+
+def summed_by_product(x_BNHD, routing):
+    gates_BNH = torch.where(routing.selected_BNH, routing.gates_BNH, 0.0)
+    return (gates_BNH.unsqueeze(2) @ x_BNHD).squeeze(2)
+
+
+def refuses_integers(x_BNHD):
+    return None if x_BNHD.is_floating_point() else "it multiplies floating-point numbers"
+
+
+SUMS = engines_by_name(Engine("reference", summed), Engine("product", summed_by_product, refuses_integers))
+
+
+def sum_heads(x_BNHD, routing, *, impl="auto"):
+    engine = SUMS["product"] if impl == "auto" else asked_for(impl, SUMS, x_BNHD)
+    return engine.run(x_BNHD, routing)
+
+
+def test_a_toy_operator():
+    x_BNHD, routing = torch.randn(2, 3, 4, 5), Routing.from_gates(torch.rand(2, 3, 4).round(decimals=1))
+    torch.testing.assert_close(sum_heads(x_BNHD, routing), sum_heads(x_BNHD, routing, impl="reference"))
+    with pytest.raises(MixheadError, match="impl='product' cannot take these arguments: it multiplies"):
+        sum_heads(x_BNHD.long(), routing, impl="product")
+    with pytest.raises(MixheadError, match="choose 'auto' or one of reference, product"):
+        sum_heads(x_BNHD, routing, impl="fast")
 
 
 # A model family

@@ -224,9 +224,9 @@ def test_decoding_with_the_kernel_equals_generation_without_a_cache(cache, group
 
     def counted(q_BHND, *args, **kwargs):
         decoded.append(q_BHND.shape[2] == 1)
-        return kernel.attend(q_BHND, *args, **kwargs)
+        return kernel.run(q_BHND, *args, **kwargs)
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "cpu", replace(kernel, attend=counted))
+    monkeypatch.setitem(IMPLEMENTATIONS, "cpu", replace(kernel, run=counted))
     found_ids, found = write(model, **arguments, cache_implementation=cache, disable_compile=True)
     assert sum(decoded) == 2 * 7  # two layers; the first of eight tokens comes from reading the prompt
     assert torch.equal(found_ids, expected_ids)

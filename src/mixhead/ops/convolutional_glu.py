@@ -5,8 +5,6 @@ Shape legend: B batch, N = Y * X tokens of a map, M channels, K = 2 M channels o
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,14 +13,7 @@ from mixhead.errors import MixheadError
 from mixhead.ops.choice import Choice
 from mixhead.ops.cpu import convolutional_glu as cpu
 from mixhead.ops.crossover.rulings import What, ruling
-
-
-class ConvolutionalGLU(Protocol):
-    """What an implementation is: checked arguments in, [B, N, M] out."""
-
-    def __call__(
-        self, hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int], /
-    ) -> Tensor: ...
+from mixhead.ops.engine import Engine, asked_for, table
 
 
 def convolutional_glu(
@@ -53,12 +44,10 @@ def convolutional_glu(
     """
     check(hidden_BNK, bias_K, weight_M33, conv_bias_M, size)
     if impl == "auto":
-        impl = explain_glu(hidden_BNK).impl
-    elif impl not in GLU_IMPLEMENTATIONS:
-        raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(GLU_IMPLEMENTATIONS)}.")
-    elif impl == "cpu" and (why := cpu.refusal(hidden_BNK)):
-        raise MixheadError(f"impl={impl!r} cannot take these arguments: {why}.")
-    return GLU_IMPLEMENTATIONS[impl](hidden_BNK, bias_K, weight_M33, conv_bias_M, size)
+        engine = GLU_IMPLEMENTATIONS[explain_glu(hidden_BNK).impl]
+    else:
+        engine = asked_for(impl, GLU_IMPLEMENTATIONS, hidden_BNK)
+    return engine.run(hidden_BNK, bias_K, weight_M33, conv_bias_M, size)
 
 
 def explain_glu(hidden_BNK: Tensor) -> Choice:
@@ -94,7 +83,7 @@ def check(hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: T
 
 
 def reference(
-    hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int], /
+    hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int]
 ) -> Tensor:
     """The mathematics in portable PyTorch, in the dtype of the hidden states."""
     bias_K, weight_M33, conv_bias_M = (t.to(hidden_BNK.dtype) for t in (bias_K, weight_M33, conv_bias_M))
@@ -104,4 +93,4 @@ def reference(
     return F.gelu(gate_BMYX).flatten(2).transpose(1, 2) * value_BNM
 
 
-GLU_IMPLEMENTATIONS: dict[str, ConvolutionalGLU] = {"reference": reference, "cpu": cpu.glu}
+GLU_IMPLEMENTATIONS = table(Engine("reference", reference), Engine("cpu", cpu.glu, cpu.refusal))

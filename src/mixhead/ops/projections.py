@@ -9,8 +9,8 @@ select one head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,35 +21,19 @@ from mixhead.ops.autocast import autocast_together
 from mixhead.ops.choice import Choice
 from mixhead.ops.cpu import projections as cpu_projections
 from mixhead.ops.crossover.rulings import What, ruling, share_selected
-
-
-class ToHeads(Protocol):
-    """[B, N, C] to [B, H, N, D], 0 where a head is not selected."""
-
-    def __call__(
-        self, hidden_BNC: Tensor, weight_HDC: Tensor, bias_HD: Tensor | None, selected_BNH: Tensor, /
-    ) -> Tensor: ...
-
-
-class FromHeads(Protocol):
-    """[B, H, N, D] to [B, N, C], summed over the selected heads."""
-
-    def __call__(
-        self,
-        out_BHND: Tensor,
-        weight_HDC: Tensor,
-        bias_C: Tensor | None,
-        selected_BNH: Tensor,
-        gates_BNH: Tensor | None,
-        /,
-    ) -> Tensor: ...
+from mixhead.ops.engine import Engine, Run, asked_for, table
 
 
 class Projections(NamedTuple):
-    """The two projections of one engine."""
+    """The two projections of one engine, where what is not selected is 0.
 
-    to_heads: ToHeads
-    from_heads: FromHeads
+    Attributes:
+        to_heads: (hidden_BNC, weight_HDC, bias_HD, selected_BNH) to [B, H, N, D].
+        from_heads: (out_BHND, weight_HDC, bias_C, selected_BNH, gates_BNH) to [B, N, C].
+    """
+
+    to_heads: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+    from_heads: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor | None], Tensor]
 
 
 def project_to_heads(
@@ -76,8 +60,8 @@ def project_to_heads(
     heads, head_dim, hidden_size = weight_HDC.shape
     check("hidden_BNC", hidden_BNC, (*selected_BNH.shape[:2], hidden_size), weight_HDC)
     check("bias_HD", bias_HD, (heads, head_dim), weight_HDC)
-    engine = pick(impl, hidden_BNC, weight_HDC, selected_BNH)
-    return PROJECTIONS[engine].to_heads(hidden_BNC, weight_HDC, bias_HD, selected_BNH)
+    run = pick(impl, hidden_BNC, weight_HDC, selected_BNH)
+    return run.to_heads(hidden_BNC, weight_HDC, bias_HD, selected_BNH)
 
 
 def project_from_heads(
@@ -114,8 +98,8 @@ def project_from_heads(
     check("bias_C", bias_C, (hidden_size,), weight_HDC)
     if gates_BNH is not None and gates_BNH.shape != selected_BNH.shape:
         raise MixheadError(f"gates_BNH must be {list(selected_BNH.shape)}, got {list(gates_BNH.shape)}.")
-    engine = pick(impl, out_BHND, weight_HDC, selected_BNH)
-    return PROJECTIONS[engine].from_heads(out_BHND, weight_HDC, bias_C, selected_BNH, gates_BNH)
+    run = pick(impl, out_BHND, weight_HDC, selected_BNH)
+    return run.from_heads(out_BHND, weight_HDC, bias_C, selected_BNH, gates_BNH)
 
 
 def weight_by_head(weight_CX: Tensor, num_heads: int) -> Tensor:
@@ -138,7 +122,7 @@ def explain_projection(rows: Tensor, weight_HDC: Tensor, selected_BNH: Tensor) -
     what = What(dtype_of_products(rows), torch.is_grad_enabled() and (rows.requires_grad or weight_HDC.requires_grad))
     reasons, share = [], None
     for engine in ENGINES:
-        why = refusal(engine, rows)
+        why = PROJECTIONS[engine].refusal(rows)
         if why is None:
             limit, why = ruling("projection", engine, what, width, num_rows)
             if limit > 0.0:
@@ -150,26 +134,17 @@ def explain_projection(rows: Tensor, weight_HDC: Tensor, selected_BNH: Tensor) -
     return Choice("dense", "; ".join(reasons))
 
 
-def refusal(engine: str, rows: Tensor) -> str | None:
-    """Why that engine cannot take these rows, in a sentence; None where it can. May build the kernel."""
-    return cpu_projections.refusal(rows) if engine == "cpu" else None
-
-
-def pick(impl: str, rows: Tensor, weight_HDC: Tensor, selected_BNH: Tensor) -> str:
-    """The name of the implementation that runs."""
+def pick(impl: str, rows: Tensor, weight_HDC: Tensor, selected_BNH: Tensor) -> Projections:
+    """The projections of the engine that runs."""
     if impl == "auto":
-        return explain_projection(rows, weight_HDC, selected_BNH).impl
-    return asked_for(impl, PROJECTIONS, rows, weight_HDC)
+        return PROJECTIONS[explain_projection(rows, weight_HDC, selected_BNH).impl].run
+    return of_engine(impl, PROJECTIONS, rows, weight_HDC)
 
 
-def asked_for(impl: str, known: Mapping[str, object], rows: Tensor, weight: Tensor) -> str:
-    """The name, checked; raises a `MixheadError` where there is no such engine, or where it refuses these rows."""
-    if impl not in known:
-        raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(known)}.")
-    if why := refusal(impl, rows):
-        raise MixheadError(f"impl={impl!r} cannot take these arguments: {why}.")
-    nothing = rows.numel() == 0 or weight.numel() == 0
-    return "reference" if nothing else impl
+def of_engine(impl: str, engines: Mapping[str, Engine[Run]], rows: Tensor, weight: Tensor) -> Run:
+    """What the engine of that name runs; where there is nothing to compute, the reference does."""
+    engine = asked_for(impl, engines, rows)
+    return engines["reference"].run if rows.numel() == 0 or weight.numel() == 0 else engine.run
 
 
 def together(rows: Tensor, weight_HDC: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -206,7 +181,7 @@ def check(name: str, tensor: Tensor | None, shape: tuple[int, ...], weight_HDC: 
     if tensor.shape != shape:
         raise MixheadError(f"{name} must be {list(shape)}, got {list(tensor.shape)}.")
     if tensor.dtype != weight_HDC.dtype:
-        raise MixheadError(f"{name} is {tensor.dtype}, but weight_HDC is {weight_HDC.dtype}: they must have one dtype.")
+        raise MixheadError(f"{name} is {tensor.dtype}, but the weight is {weight_HDC.dtype}: they must have one dtype.")
 
 
 # The reference: the masked mathematics, one line a step.
@@ -289,9 +264,9 @@ def gathered_from_heads(
     return y_BNC if bias_C is None else y_BNC + bias_C
 
 
-PROJECTIONS: dict[str, Projections] = {
-    "reference": Projections(reference_to_heads, reference_from_heads),
-    "dense": Projections(dense_to_heads, dense_from_heads),
-    "gathered": Projections(gathered_to_heads, gathered_from_heads),
-    "cpu": Projections(cpu_projections.to_heads, cpu_projections.from_heads),
-}
+PROJECTIONS = table(
+    Engine("reference", Projections(reference_to_heads, reference_from_heads)),
+    Engine("dense", Projections(dense_to_heads, dense_from_heads)),
+    Engine("gathered", Projections(gathered_to_heads, gathered_from_heads)),
+    Engine("cpu", Projections(cpu_projections.to_heads, cpu_projections.from_heads), cpu_projections.refusal),
+)

@@ -10,7 +10,8 @@ M rows that chose one expert. An expert index of E means that a slot is empty, a
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,28 +22,20 @@ from mixhead.ops.autocast import autocast_together
 from mixhead.ops.choice import Choice
 from mixhead.ops.cpu import projections as cpu_projections
 from mixhead.ops.crossover.rulings import What, ruling
-from mixhead.ops.projections import ENGINES, asked_for, dtype_of_products, refusal
-
-
-class ToSlots(Protocol):
-    """[B, N, C] to [B, N, S, D], 0 where a slot is empty."""
-
-    def __call__(self, hidden_BNC: Tensor, weight_EDC: Tensor, expert_BNS: Tensor) -> Tensor: ...
-
-
-class FromSlots(Protocol):
-    """[B, N, S, D] to [B, N, C], summed over the slots that are not empty."""
-
-    def __call__(
-        self, out_BNSD: Tensor, weight_EDC: Tensor, expert_BNS: Tensor, gates_BNS: Tensor | None
-    ) -> Tensor: ...
+from mixhead.ops.engine import Engine, table
+from mixhead.ops.projections import ENGINES, check, dtype_of_products, of_engine
 
 
 class SlotProjections(NamedTuple):
-    """The two projections of one engine."""
+    """The two projections of one engine, where an empty slot is 0.
 
-    to_slots: ToSlots
-    from_slots: FromSlots
+    Attributes:
+        to_slots: (hidden_BNC, weight_EDC, expert_BNS) to [B, N, S, D].
+        from_slots: (out_BNSD, weight_EDC, expert_BNS, gates_BNS) to [B, N, C].
+    """
+
+    to_slots: Callable[[Tensor, Tensor, Tensor], Tensor]
+    from_slots: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def project_to_slots(hidden_BNC: Tensor, weight_EDC: Tensor, expert_BNS: Tensor, *, impl: str = "auto") -> Tensor:
@@ -64,8 +57,8 @@ def project_to_slots(hidden_BNC: Tensor, weight_EDC: Tensor, expert_BNS: Tensor,
     hidden_BNC, weight_EDC = autocast_together(hidden_BNC, weight_EDC)
     check_experts(weight_EDC, expert_BNS)
     check("hidden_BNC", hidden_BNC, (*expert_BNS.shape[:2], weight_EDC.shape[2]), weight_EDC)
-    engine = pick(impl, hidden_BNC, weight_EDC, expert_BNS)
-    return SLOT_PROJECTIONS[engine].to_slots(hidden_BNC, weight_EDC, expert_BNS)
+    run = pick(impl, hidden_BNC, weight_EDC, expert_BNS)
+    return run.to_slots(hidden_BNC, weight_EDC, expert_BNS)
 
 
 def project_from_slots(
@@ -97,8 +90,8 @@ def project_from_slots(
     check("out_BNSD", out_BNSD, (*expert_BNS.shape, weight_EDC.shape[1]), weight_EDC)
     if gates_BNS is not None and gates_BNS.shape != expert_BNS.shape:
         raise MixheadError(f"gates_BNS must be {list(expert_BNS.shape)}, got {list(gates_BNS.shape)}.")
-    engine = pick(impl, out_BNSD, weight_EDC, expert_BNS)
-    return SLOT_PROJECTIONS[engine].from_slots(out_BNSD, weight_EDC, expert_BNS, gates_BNS)
+    run = pick(impl, out_BNSD, weight_EDC, expert_BNS)
+    return run.from_slots(out_BNSD, weight_EDC, expert_BNS, gates_BNS)
 
 
 def explain_slot_projection(rows: Tensor, weight_EDC: Tensor, expert_BNS: Tensor) -> Choice:
@@ -120,7 +113,7 @@ def explain_slot_projection(rows: Tensor, weight_EDC: Tensor, expert_BNS: Tensor
     what = What(dtype_of_products(rows), torch.is_grad_enabled() and (rows.requires_grad or weight_EDC.requires_grad))
     reasons = []
     for engine in ENGINES:
-        why = refusal(engine, rows)
+        why = SLOT_PROJECTIONS[engine].refusal(rows)
         if why is None:
             limit, why = ruling("slot projection", engine, what, width, num_rows)
             if slots / experts <= limit:
@@ -129,11 +122,11 @@ def explain_slot_projection(rows: Tensor, weight_EDC: Tensor, expert_BNS: Tensor
     return Choice("dense", "; ".join(reasons))
 
 
-def pick(impl: str, rows: Tensor, weight_EDC: Tensor, expert_BNS: Tensor) -> str:
-    """The name of the implementation that runs."""
+def pick(impl: str, rows: Tensor, weight_EDC: Tensor, expert_BNS: Tensor) -> SlotProjections:
+    """The projections of the engine that runs."""
     if impl == "auto":
-        return explain_slot_projection(rows, weight_EDC, expert_BNS).impl
-    return asked_for(impl, SLOT_PROJECTIONS, rows, weight_EDC)
+        return SLOT_PROJECTIONS[explain_slot_projection(rows, weight_EDC, expert_BNS).impl].run
+    return of_engine(impl, SLOT_PROJECTIONS, rows, weight_EDC)
 
 
 def check_experts(weight_EDC: Tensor, expert_BNS: Tensor) -> None:
@@ -147,14 +140,6 @@ def check_experts(weight_EDC: Tensor, expert_BNS: Tensor) -> None:
         )
     if expert_BNS.dtype != torch.int64:
         raise MixheadError(f"expert_BNS must be torch.int64, got {expert_BNS.dtype}.")
-
-
-def check(name: str, tensor: Tensor, shape: tuple[int, ...], weight_EDC: Tensor) -> None:
-    """Raises where a tensor has another shape, or another dtype than the weights."""
-    if tensor.shape != shape:
-        raise MixheadError(f"{name} must be {list(shape)}, got {list(tensor.shape)}.")
-    if tensor.dtype != weight_EDC.dtype:
-        raise MixheadError(f"{name} is {tensor.dtype}, but weight_EDC is {weight_EDC.dtype}: they must have one dtype.")
 
 
 # The reference: the masked mathematics, one line a step.
@@ -231,9 +216,9 @@ def gathered_from_slots(out_BNSD: Tensor, weight_EDC: Tensor, expert_BNS: Tensor
     return y_RC.unflatten(0, (batch, tokens))
 
 
-SLOT_PROJECTIONS: dict[str, SlotProjections] = {
-    "reference": SlotProjections(reference_to_slots, reference_from_slots),
-    "dense": SlotProjections(dense_to_slots, dense_from_slots),
-    "gathered": SlotProjections(gathered_to_slots, gathered_from_slots),
-    "cpu": SlotProjections(cpu_projections.to_slots, cpu_projections.from_slots),
-}
+SLOT_PROJECTIONS = table(
+    Engine("reference", SlotProjections(reference_to_slots, reference_from_slots)),
+    Engine("dense", SlotProjections(dense_to_slots, dense_from_slots)),
+    Engine("gathered", SlotProjections(gathered_to_slots, gathered_from_slots)),
+    Engine("cpu", SlotProjections(cpu_projections.to_slots, cpu_projections.from_slots), cpu_projections.refusal),
+)

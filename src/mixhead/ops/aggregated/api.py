@@ -6,30 +6,19 @@ L = window ** 2 positions of the local window in rows from its upper left corner
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
-from mixhead.errors import MixheadError
 from mixhead.ops.aggregated import cpu, portable, reference
 from mixhead.ops.aggregated.arguments import AggregatedArguments, RelativeBias
 from mixhead.ops.choice import Choice
 from mixhead.ops.crossover.rulings import What, ruling, share_of
+from mixhead.ops.engine import Engine, asked_for, table
 from mixhead.routing import Routing
 
-
-class Aggregate(Protocol):
-    """What an implementation is: checked arguments in, [B, H, N, D] out."""
-
-    def __call__(self, a: AggregatedArguments, /) -> Tensor: ...
-
-
-AGGREGATED_IMPLEMENTATIONS: dict[str, Aggregate] = {
-    "reference": reference.attend,
-    "portable": portable.attend,
-    "cpu": cpu.attend,
-}
+AGGREGATED_IMPLEMENTATIONS = table(
+    Engine("reference", reference.attend), Engine("portable", portable.attend), Engine("cpu", cpu.attend, cpu.refusal)
+)
 
 
 def aggregated_attention(
@@ -90,14 +79,10 @@ def aggregated_attention(
     )  # fmt: skip
     arguments.check()
     if impl == "auto":
-        impl = explain_aggregated(q_BHND, k_BHTD, arguments.window, routing).impl
-    elif impl not in AGGREGATED_IMPLEMENTATIONS:
-        raise MixheadError(
-            f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(AGGREGATED_IMPLEMENTATIONS)}."
-        )
-    elif impl == "cpu" and (why := cpu.refusal(q_BHND, k_BHTD, arguments.window)):
-        raise MixheadError(f"impl={impl!r} cannot take these arguments: {why}.")
-    return AGGREGATED_IMPLEMENTATIONS[impl](arguments)
+        engine = AGGREGATED_IMPLEMENTATIONS[explain_aggregated(q_BHND, k_BHTD, arguments.window, routing).impl]
+    else:
+        engine = asked_for(impl, AGGREGATED_IMPLEMENTATIONS, q_BHND, k_BHTD, arguments.window)
+    return engine.run(arguments)
 
 
 def explain_aggregated(q_BHND: Tensor, k_BHTD: Tensor, window: int, routing: Routing | None = None) -> Choice:

@@ -2,7 +2,6 @@
 
 from mixhead.ops.attention.api import head_attention
 from mixhead.ops.attention.choose import explain
-from mixhead.ops.attention.engine import Engine
 from mixhead.ops.attention.engines import IMPLEMENTATIONS
 
-__all__ = ["IMPLEMENTATIONS", "Engine", "explain", "head_attention"]
+__all__ = ["IMPLEMENTATIONS", "explain", "head_attention"]

@@ -7,15 +7,16 @@ file and a line in `engines`. Which one `auto` takes is decided in `choose`.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixhead.errors import MixheadError
 from mixhead.ops.attention.choose import explain, kernel_at_once
-from mixhead.ops.attention.engine import Engine
 from mixhead.ops.attention.engines import IMPLEMENTATIONS
 from mixhead.ops.autocast import autocast_together
+from mixhead.ops.engine import Engine, asked_for
 from mixhead.routing import Routing
 
 
@@ -67,25 +68,14 @@ def head_attention(
     if impl == "auto":
         engine = IMPLEMENTATIONS[explain(q_BHND, k_BKTD, routing, causal=causal, attn_mask=attn_mask).impl]
     else:
-        engine = asked_for(impl, q_BHND, k_BKTD, v_BKTD, routing, attn_mask)
+        engine = asked_for(impl, IMPLEMENTATIONS, q_BHND, k_BKTD, v_BKTD, routing, attn_mask)
+        if q_BHND.numel() == 0 or k_BKTD.numel() == 0:
+            engine = IMPLEMENTATIONS["reference"]  # There is nothing to compute, in any way.
     return run(engine, q_BHND, k_BKTD, v_BKTD, routing, causal, scale, attn_mask)
 
 
-def asked_for(
-    impl: str, q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None
-) -> Engine:
-    """The engine of that name; raises a `MixheadError` where there is none, or where it refuses these arguments."""
-    if impl not in IMPLEMENTATIONS:
-        raise MixheadError(f"impl={impl!r} is unknown: choose 'auto' or one of {', '.join(IMPLEMENTATIONS)}.")
-    if why := IMPLEMENTATIONS[impl].refusal(q_BHND, k_BKTD, v_BKTD, routing, attn_mask):
-        raise MixheadError(f"impl={impl!r} cannot take these arguments: {why}.")
-    if q_BHND.numel() == 0 or k_BKTD.numel() == 0:
-        return IMPLEMENTATIONS["reference"]  # There is nothing to compute, in any way.
-    return IMPLEMENTATIONS[impl]
-
-
 def run(
-    engine: Engine,
+    engine: Engine[Any],
     q_BHND: Tensor,
     k_BKTD: Tensor,
     v_BKTD: Tensor,
@@ -98,7 +88,7 @@ def run(
     if routing.gates_BNH.dtype != q_BHND.dtype:
         routing = replace(routing, gates_BNH=routing.gates_BNH.to(q_BHND.dtype))
     scale = (q_BHND.shape[-1] or 1) ** -0.5 if scale is None else scale
-    return engine.attend(q_BHND, k_BKTD, v_BKTD, routing, causal=causal, scale=scale, attn_mask=attn_mask)
+    return engine.run(q_BHND, k_BKTD, v_BKTD, routing, causal=causal, scale=scale, attn_mask=attn_mask)
 
 
 def check_arguments(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None) -> None:

@@ -2,39 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from mixhead.ops import cpu
-from mixhead.ops.attention.engine import Engine
-from mixhead.routing import Routing
+from mixhead.ops.engine import Engine
 
-
-def attend(
-    q_BHND: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    routing: Routing,
-    *,
-    causal: bool,
-    scale: float,
-    attn_mask: Tensor | None,
-) -> Tensor:
-    """Each selected head's attention times its gate. The kernel must be built, and `refusal` must be None."""
-    return cpu.attend(
-        q_BHND,
-        k_BKTD,
-        v_BKTD,
-        routing.gates_BNH,
-        routing.selected_BNH,
-        causal=causal,
-        scale=scale,
-        attn_mask=attn_mask,
-    )
-
-
-def refusal(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, attn_mask: Tensor | None) -> str | None:
-    """Why the kernel cannot take these arguments, in a sentence; None where it can. May build the kernel."""
-    return cpu.refusal(q_BHND, attn_mask)
-
-
-ENGINE = Engine("cpu", attend, refusal)
+ENGINE = Engine("cpu", cpu.attend, lambda q, k, v, routing, mask: cpu.refusal(q, mask))

@@ -5,20 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixhead.ops.attention.engine import Engine
+from mixhead.ops.engine import Engine, Mask
 from mixhead.ops.stock import stock_attention
 from mixhead.routing import Routing
 
 
 def attend(
-    q_BHND: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    routing: Routing,
-    *,
-    causal: bool,
-    scale: float,
-    attn_mask: Tensor | None,
+    q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, *, causal: bool, scale: float, attn_mask: Mask
 ) -> Tensor:
     """`F.scaled_dot_product_attention` of every head, then gated; same result as the reference, no N x T tensor."""
     gates_BNH, selected_BNH = routing.gates_BNH, routing.selected_BNH

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from mixhead.ops.attention.engine import Engine
+from mixhead.ops.engine import Engine, Mask
 from mixhead.ops.rows import selected_first
 from mixhead.routing import Routing
 
@@ -41,14 +41,7 @@ def refusal(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, at
 
 
 def attend(
-    q_BHND: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    routing: Routing,
-    *,
-    causal: bool,
-    scale: float,
-    attn_mask: Tensor | None,
+    q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, *, causal: bool, scale: float, attn_mask: Mask
 ) -> Tensor:
     """Each selected head's attention times its gate. `refusal` must be None."""
     gates_BNH, selected_BNH = routing.gates_BNH, routing.selected_BNH

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixhead.ops.attention.engine import Engine
+from mixhead.ops.engine import Engine, Mask
 from mixhead.ops.rows import selected_first
 from mixhead.ops.stock import stock_attention
 from mixhead.routing import Routing
@@ -20,14 +20,7 @@ QUERIES_PER_BLOCK = 256
 
 
 def attend(
-    q_BHND: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    routing: Routing,
-    *,
-    causal: bool,
-    scale: float,
-    attn_mask: Tensor | None,
+    q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, *, causal: bool, scale: float, attn_mask: Mask
 ) -> Tensor:
     """Each selected head's attention times its gate; heads that are not selected are not computed."""
     gates_BNH, selected_BNH = routing.gates_BNH, routing.selected_BNH

@@ -10,20 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixhead.ops.attention.engine import Engine
+from mixhead.ops.engine import Engine, Mask
 from mixhead.ops.masks import attended_BHNT
 from mixhead.routing import Routing
 
 
 def attend(
-    q_BHND: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    routing: Routing,
-    *,
-    causal: bool,
-    scale: float,
-    attn_mask: Tensor | None,
+    q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, *, causal: bool, scale: float, attn_mask: Mask
 ) -> Tensor:
     """Each selected head's attention times its gate, [B, H, N, D]; zero where a head is not selected."""
     gates_BNH, selected_BNH = routing.gates_BNH, routing.selected_BNH

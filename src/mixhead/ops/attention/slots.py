@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixhead.ops.attention.engine import Engine
+from mixhead.ops.engine import Engine, Mask
 from mixhead.ops.rows import selected_first
 from mixhead.ops.stock import stock_attention
 from mixhead.routing import Routing
@@ -48,14 +48,7 @@ def refusal(q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, at
 
 
 def attend(
-    q_BHND: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    routing: Routing,
-    *,
-    causal: bool,
-    scale: float,
-    attn_mask: Tensor | None,
+    q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, *, causal: bool, scale: float, attn_mask: Mask
 ) -> Tensor:
     """Each selected head's attention times its gate, computed in S slots of every group, as many as were promised.
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixhead.ops.engine import Mask
+from mixhead.routing import Routing
+
 torch.library.define(
     "mixhead::attend_cpu",
     "(Tensor q, Tensor k, Tensor v, Tensor gates, Tensor selected, Tensor? mask, bool causal, float scale)"
@@ -31,18 +34,11 @@ ATTEND_WITHOUT_GRADIENT = torch.ops.mixhead.attend_cpu_inference.default
 
 
 def attend(
-    q_BHND: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    gates_BNH: Tensor,
-    selected_BNH: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    attn_mask: Tensor | None,
+    q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, *, causal: bool, scale: float, attn_mask: Mask
 ) -> Tensor:
     """Each selected head's attention times its gate. The kernel must be built, and `refusal` must be None."""
-    arguments = (q_BHND, k_BKTD, v_BKTD, gates_BNH, selected_BNH, attn_mask, causal, scale)
+    gates_BNH = routing.gates_BNH
+    arguments = (q_BHND, k_BKTD, v_BKTD, gates_BNH, routing.selected_BNH, attn_mask, causal, scale)
     # What an autograd formula in Python adds to a call is as long as the attention of one token to a short cache.
     if not (torch.is_grad_enabled() and any_requires_grad(q_BHND, k_BKTD, v_BKTD, gates_BNH)):
         only_BHND: Tensor = ATTEND_WITHOUT_GRADIENT(*arguments)

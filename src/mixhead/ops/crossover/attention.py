@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from mixhead.ops.attention import cpu, dense, gathered, slots
-from mixhead.ops.attention.engine import Engine
 from mixhead.ops.crossover.inputs import gated_routing, normal, with_gradient, without_gradient
 from mixhead.ops.crossover.race import Call, Race
 from mixhead.ops.crossover.table import kind_of
+from mixhead.ops.engine import Engine
 from mixhead.ops.stock import stock_attention
 
 OPERATOR = "attention"
@@ -115,14 +115,14 @@ def heads_for(tokens: int) -> int:
 
 
 def runs_of(
-    engine: Engine, setting: Setting, shapes: Iterable[tuple[int, int, int, int]], share: float
+    engine: Engine[Any], setting: Setting, shapes: Iterable[tuple[int, int, int, int]], share: float
 ) -> Iterator[tuple[Call, ...]]:
     """The calls for every shape (batch, queries, keys, width)."""
     for shape in shapes:
         yield calls_of(engine, setting, shape, share)
 
 
-def calls_of(engine: Engine, setting: Setting, shape: tuple[int, int, int, int], share: float) -> tuple[Call, ...]:
+def calls_of(engine: Engine[Any], setting: Setting, shape: tuple[int, int, int, int], share: float) -> tuple[Call, ...]:
     """(the engine, the stock kernel and the gates, the stock kernel alone) on the same random numbers."""
     batch, queries, keys, width = shape
     heads, dtype = heads_for(batch * queries), DTYPES[setting.dtype]
@@ -134,8 +134,8 @@ def calls_of(engine: Engine, setting: Setting, shape: tuple[int, int, int, int],
     mask = torch.ones(1, 1, queries, keys, dtype=torch.bool) if setting.masked else None
     keywords: dict[str, Any] = {"causal": setting.causal, "scale": width**-0.5, "attn_mask": mask}
     calls = (
-        lambda: engine.attend(q_BHND, k_BKTD, v_BKTD, routing, **keywords),
-        lambda: dense.ENGINE.attend(q_BHND, k_BKTD, v_BKTD, routing, **keywords),
+        lambda: engine.run(q_BHND, k_BKTD, v_BKTD, routing, **keywords),
+        lambda: dense.ENGINE.run(q_BHND, k_BKTD, v_BKTD, routing, **keywords),
         lambda: stock_attention(q_BHND, k_BKTD, v_BKTD, **keywords),
     )
     if setting.gradient:

@@ -64,7 +64,7 @@ def aggregated_of(dtype: str, gradient: bool, width: int, tokens: int, share: fl
     )  # fmt: skip
 
     def by(name: str) -> Tensor:
-        return AGGREGATED_IMPLEMENTATIONS[name](arguments)
+        return AGGREGATED_IMPLEMENTATIONS[name].run(arguments)
 
     yield calls(lambda: by("cpu"), lambda: by("portable"), leaves, gradient)
 
@@ -77,6 +77,6 @@ def glu_of(dtype: str, gradient: bool, channels: int, tokens: int, _share: float
     conv_bias = normal(channels).requires_grad_(gradient)
 
     def by(name: str) -> Tensor:
-        return GLU_IMPLEMENTATIONS[name](hidden, bias, weight, conv_bias, (side, side))
+        return GLU_IMPLEMENTATIONS[name].run(hidden, bias, weight, conv_bias, (side, side))
 
     yield calls(lambda: by("cpu"), lambda: by("reference"), (hidden, bias, weight, conv_bias), gradient)

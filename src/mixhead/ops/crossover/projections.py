@@ -58,7 +58,7 @@ def heads_of(
 
     def ours() -> Tensor:
         hidden_BNC, weight_XC, weight_CX = leaves
-        to_heads, from_heads = PROJECTIONS[engine]
+        to_heads, from_heads = PROJECTIONS[engine].run
         q_BHND = to_heads(hidden_BNC, weight_XC.unflatten(0, (heads, -1)), None, selected_BNH)
         return from_heads(q_BHND, weight_by_head(weight_CX, heads), None, selected_BNH, None)
 
@@ -81,7 +81,7 @@ def slots_of(
 
     def by(name: str) -> Tensor:
         hidden_BNC, weight_EDC, weight_out_EDC = leaves
-        to_slots, from_slots = slot_projections.SLOT_PROJECTIONS[name]
+        to_slots, from_slots = slot_projections.SLOT_PROJECTIONS[name].run
         return from_slots(to_slots(hidden_BNC, weight_EDC, expert_BNS), weight_out_EDC, expert_BNS, None)
 
     yield calls(lambda: by(engine), lambda: by("dense"), leaves, gradient)

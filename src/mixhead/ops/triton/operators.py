@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mixhead.ops.engine import Mask
 from mixhead.ops.rows import selected_first
+from mixhead.routing import Routing
 
 torch.library.define(
     "mixhead::attend_triton",
@@ -29,20 +31,13 @@ torch.library.define(
 
 
 def attend(
-    q_BHND: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    gates_BNH: Tensor,
-    selected_BNH: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    attn_mask: Tensor | None,
+    q_BHND: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, routing: Routing, *, causal: bool, scale: float, attn_mask: Mask
 ) -> Tensor:
     """Each selected head's attention times its gate. `refusal` must be None."""
-    differentiable = (q_BHND, k_BKTD, v_BKTD, gates_BNH)
+    differentiable = (q_BHND, k_BKTD, v_BKTD, routing.gates_BNH)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    out_BHND, _, _ = torch.ops.mixhead.attend_triton(*differentiable, selected_BNH, attn_mask, causal, scale, keep)
+    selected_BNH, settings = routing.selected_BNH, (attn_mask, causal, scale, keep)
+    out_BHND, _, _ = torch.ops.mixhead.attend_triton(*differentiable, selected_BNH, *settings)
     return out_BHND
 
 
