@@ -35,9 +35,9 @@ with only_run_in(Path(sys.argv[1])):
 def test_a_second_run_in_a_folder_is_refused_and_the_first_is_left_alone(tmp_path):
     train_recipe(line(steps=5), tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != LOCK}
-    with only_run_in(tmp_path / "run"):
-        with pytest.raises(MixheadError, match=rf"run is in use by another run \(process {os.getpid()} on "):
-            train_recipe(line(steps=5), tmp_path / "run", resume=True)
+    refused = pytest.raises(MixheadError, match=rf"run is in use by another run \(process {os.getpid()} on ")
+    with only_run_in(tmp_path / "run"), refused:
+        train_recipe(line(steps=5), tmp_path / "run", resume=True)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.name != LOCK} == before
     assert train_recipe(line(steps=5), tmp_path / "run", resume=True).resumed_from == 5
 
