@@ -73,6 +73,7 @@ def train_recipe(recipe: Recipe, run: Path, *, resume: bool = False) -> Training
         MixheadError: where settings or data cannot be used, the loss becomes NaN, or the disk is full. The checkpoints
             that were complete stay.
         KeyboardInterrupt: after Ctrl-C, when the running step has ended and a checkpoint is written.
+        SystemExit: with code 143, after SIGTERM, likewise.
     """
     task = task_of(recipe)
     if not resume:

@@ -92,6 +92,7 @@ def tune(
         MixheadError: where arguments do not fit together, the loss becomes NaN, or the disk is full. The checkpoints
             that were complete stay.
         KeyboardInterrupt: after Ctrl-C, when the running step has ended and a checkpoint is written.
+        SystemExit: with code 143, after SIGTERM, likewise.
     """
     was_training = model.training
     trainer = tuner(model, windows_WT, config or TuneConfig(), Path(output_dir), teacher, tokenizer)
