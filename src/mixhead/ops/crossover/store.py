@@ -251,9 +251,13 @@ def sources_checksum() -> str:
 
 @functools.cache
 def cpu_model() -> str:
-    """The processor's name."""
+    """The processor's name, with its generation: on virtual machines "AMD EPYC" is all that many of them say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+    except OSError:
+        lines = []
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in told:
         return platform.processor() or platform.machine()
+    numbers = [f"{word} {told[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in told]
+    return f"{told['model name']} ({', '.join(numbers)})" if numbers else told["model name"]
