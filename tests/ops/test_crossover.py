@@ -372,6 +372,13 @@ def test_a_long_measurement_wins_over_a_short_one_and_a_shipped_one_over_it(cach
     assert crossover.table("attention", threads).origin == "measured at length on this machine" and file.exists()
 
 
+def test_what_a_long_measurement_did_not_come_to_is_measured_shortly():
+    training = replace(POINT, kind="float32 gradient")
+    long = replace(table_of(replace(POINT, ratio=2.0)), left_out=3)
+    assert store.completed(long, lambda: table_of(POINT, training)).points == (*long.points, training)
+    assert store.completed(replace(long, left_out=0), lambda: pytest.fail("not needed")).points == long.points
+
+
 def test_a_table_that_is_named_is_the_only_one(cache, tmp_path, monkeypatch):
     file = tmp_path / "named.json"
     monkeypatch.setenv("MIXHEAD_CROSSOVER", str(file))

@@ -27,7 +27,8 @@ BUILD_HELP = "Compile the CPU kernel and measure now instead of on first use; en
 def doctor(
     build: Annotated[bool, typer.Option("--build", help=BUILD_HELP)] = False,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Measure the processor at length (2 minutes), which wins over the short one.")
+        bool,
+        typer.Option("--tune", help="Measure the processor at length (some minutes), which wins over the short one."),
     ] = False,
 ) -> None:
     """Shows versions, optional packages, the processor, and which attention engine `auto` takes for typical shapes."""

@@ -29,11 +29,13 @@ SHARES = (1.0, 0.75, 0.5, 0.25)
 # Heads of 64 are what most models have; what is used less is measured at fewer sizes.
 QUERIES: Sizes = {64: (1, 16, 64, 256), 8: (1, 16, 64), 32: (1, 16, 256), 128: (1, 16, 256)}
 QUERIES_SPARSE: Sizes = {64: (1, 16, 256), 8: (1, 16, 64), 128: (1, 256)}
-# Of a few tokens the gradient is mostly the cost of calls: there the stock kernel is left alone.
-GRADIENT: Sizes = {64: (16, 64, 256), 8: (16, 64), 32: (16, 256), 128: (16, 256)}
+GRADIENT: Sizes = {64: (1, 4, 16, 64, 256), 8: (1, 16, 64), 32: (1, 16, 256), 128: (1, 16, 256)}
 KEYS: Sizes = {64: (1, 64, 1024), 8: (1, 256), 128: (1, 256)}
 LONG_QUERIES = (64, 1024)  # the width and the size of the one long race: what is larger is like it
-THOROUGH: Sizes = dict.fromkeys((64, 8, 16, 32, 128, 256), (1, 4, 16, 64, 256, 1024, 4096))
+THOROUGH: Sizes = {
+    **dict.fromkeys((8, 16, 32, 256), (1, 4, 16, 64, 256)),
+    **dict.fromkeys((64, 128), (1, 4, 16, 64, 256, 1024)),
+}
 PORTABLE: Sizes = {32: (256,), 64: (256, 512)}
 
 

@@ -39,7 +39,7 @@ class Effort:
 
 SHORT = Effort(rounds=3, seconds=0.0005, budget_s=4.0, thorough=False)
 LONG_CALL_S = 0.0015  # of such calls fewer rounds are enough
-LONG = Effort(rounds=7, seconds=0.004, budget_s=110.0, thorough=True)
+LONG = Effort(rounds=5, seconds=0.002, budget_s=400.0, thorough=True)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-// The PyTorch side of routing: a linear router as one operator, alone and with the attention of one new token, and the
-// constants of skipped heads.
+// The PyTorch side of routing: a linear router as one operator, alone and with the attention of one new token, the gates
+// of heads that are all computed, and the constants of skipped ones.
 #include <cstring>
 #include <memory>
 #include <tuple>
@@ -81,6 +81,41 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& hidden, const Tensor& wei
   (wide ? route_tokens<float> : route_tokens<BFloat>)(router, data_of<float>(gates), data_of<bool>(selected),
                                                      data_of<float>(probs));
   return {gates, selected, probs};
+}
+
+// Outputs of all heads times their gates, and zero where a token skips a head.
+template <class T>
+void gate_rows(const Tensor& out, const Tensor& gates, const Tensor& selected) {
+  const View<T> rows = view<T>(out);
+  const View<const T> factors = view_of_gates<const T>(gates);
+  const View<const bool> chosen = view_of_gates<const bool>(selected);
+  const int64_t H = out.size(1), N = out.size(2), D = out.size(3);
+  parallel_for(out.size(0) * N, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t b = token / N, n = token % N;
+      for (int64_t h = 0; h < H; ++h) {
+        T* row = rows.at(b, h, n);
+        const float gate = widen(*factors.at(b, h, n));
+        if (!*chosen.at(b, h, n)) {
+          std::memset(static_cast<void*>(row), 0, D * sizeof(T));
+        } else if (gate != 1.f) {
+          copy_row(row, D, gate, row);
+        }
+      }
+    }
+  });
+}
+
+// The same in place for `out` [B, H, N, D], of gates and selected heads [B, N, H].
+void gate_heads(Tensor out, const Tensor& gates, const Tensor& selected) {
+  const Sizes sizes = out.sizes();
+  require(out.dim() == 4 && same(gates.sizes(), {sizes[0], sizes[2], sizes[1]}) && same(selected.sizes(), gates.sizes()),
+          "the shapes of the heads' outputs, the gates and the selection do not fit");
+  const ScalarType dtype = out.scalar_type();
+  require((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && gates.scalar_type() == dtype &&
+          selected.scalar_type() == ScalarType::Bool && out.stride(3) == 1,
+          "outputs and gates must be float32 or bfloat16, the selection boolean, and a head's numbers side by side");
+  (dtype == ScalarType::Float ? gate_rows<float> : gate_rows<BFloat>)(out, gates, selected);
 }
 
 // Constants of H rows into `out`, where a row is not selected.
@@ -166,6 +201,7 @@ Tensor decode(const Tensor& hidden, const Tensor& weight, const Tensor& bias, co
 // The schemas and what runs without a compiler are in Python.
 STABLE_TORCH_LIBRARY_IMPL(mixhead, CPU, library) {
   library.impl("route_linear_cpu", MIXHEAD_OPERATOR(route));
+  library.impl("gate_heads_cpu", MIXHEAD_OPERATOR(gate_heads));
   library.impl("fill_skipped_cpu", MIXHEAD_OPERATOR(fill_skipped));
   library.impl("decode_routed_cpu", MIXHEAD_OPERATOR(decode));
 }
