@@ -1,4 +1,4 @@
-"""Gates of heads that are all computed, in one pass: equal to PyTorch's own operators, and deaf to what nobody selects."""
+"""Gates of heads that are all computed, in one pass: as PyTorch computes them, and deaf to what nobody selects."""
 
 import pytest
 import torch
