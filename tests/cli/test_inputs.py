@@ -122,13 +122,16 @@ def test_every_verb_follows_the_positions_of_the_model(folders, text, tmp_path, 
         ("evaluate", ["--window", "65"]),
         ("tune", ["RUN", "--window", "65"]),
         ("generate", ["--max-new-tokens", "64"]),
+        ("bench", ["record", "MODEL", "heads.safetensors", "--tokens", "65"]),
+        ("bench", ["model", "MODEL", "--tokens", "65", "--seconds", "0", "--rounds", "1"]),
         ("inspect", ["--prompt", "the", "--tokens", "64"]),
     ],
 )
 def test_what_is_asked_beyond_them_is_refused(verb, options, folders, text, tmp_path, capsys):
-    options = [str(tmp_path / "run") if option == "RUN" else option for option in options]
+    places = {"RUN": str(tmp_path / "run"), "MODEL": folders["small"]}
+    options = [places.get(option, option) for option in options]
     texts = ["--text", text] if verb in ("evaluate", "tune") else []
-    refused([verb, folders["small"], *options, *texts], capsys, "64 positions")
+    refused([verb, *([] if verb == "bench" else [folders["small"]]), *options, *texts], capsys, "64 positions")
 
 
 # Tokenizers.

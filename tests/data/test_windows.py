@@ -119,7 +119,8 @@ def test_a_prompt_begins_once_and_does_not_end(small: GPT2LMHeadModel) -> None:
     ids = inputs["input_ids"][0].tolist()
     assert {*inputs} == {"input_ids", "attention_mask"}
     assert ids[0] == 0 and 1 not in ids
-    assert count == 64 - len(ids)  # as many as there is room for
+    assert count == 64 - len(ids) + 1  # as many as there is room for: the last one is not read again
+    small.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
     again, _ = prompt_ids(small, byte_level(begins=True), "<s>the state", None, 80)
     assert again["input_ids"][0].tolist() == ids
 
@@ -140,10 +141,11 @@ def test_impossible_prompts_are_refused(
         prompt_ids(small, byte_level(begins=False), prompt, new_tokens, 80)
 
 
-def test_rotary_models_may_write_beyond_their_positions_if_asked() -> None:
+def test_rotary_models_may_write_beyond_their_positions_if_asked(caplog: pytest.LogCaptureFixture) -> None:
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=16))
     assert prompt_ids(model, byte_level(begins=False), "the state of", 50, 80)[1] == 50
+    assert "more than the 16 positions that LlamaForCausalLM was made for" in caplog.text
 
 
 def test_text_that_is_no_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

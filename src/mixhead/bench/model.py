@@ -23,6 +23,7 @@ from mixhead.bench.routings import OWN, RANDOM, SKEWED, GivenRouting, fitted, lo
 from mixhead.bench.subject import MASKED, SDPA, check_engine, largest_error, torch_dtype
 from mixhead.convert import MoHConfig, convert, revert
 from mixhead.errors import MixheadError
+from mixhead.models.context import check_room
 from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.recording import keep_routing
 from mixhead.routing import Routing
@@ -85,6 +86,7 @@ class Model:
         torch.manual_seed(0)
         self.spec = spec
         self.dense, self.converted = both(load(spec.source, torch_dtype(spec.dtype)), spec.config)
+        check_room(self.dense, spec.tokens + (spec.direction == DECODE), "The benchmark")
         give_routing(self.converted, spec)
         self.tolerance = TOLERANCE[torch_dtype(spec.dtype)]
         for model in (self.dense, self.converted):

@@ -14,7 +14,7 @@ import typer
 from mixhead.bench import cases
 from mixhead.cli.common import MODEL_HELP, TEXT_HELP, console, model_folder, progress_bar, windows_of
 from mixhead.errors import MixheadError
-from mixhead.tasks.language_modelling.config import SMOLLM2, WINDOW
+from mixhead.tasks.language_modelling.config import SMOLLM2
 
 if TYPE_CHECKING:
     from mixhead.bench import runner
@@ -43,6 +43,8 @@ Heads = Annotated[int, typer.Option(min=1, help="Query heads.")]
 KvHeads = Annotated[int | None, typer.Option(min=1, help="Key-value heads; as many as query heads by default.")]
 HeadDim = Annotated[int, typer.Option(min=1, help="Size of a head.")]
 Mask = Annotated[str, typer.Option(help="bidirectional, causal.")]
+
+PROMPT = 1024  # tokens that are recorded where nobody says how many
 
 T = TypeVar("T")
 
@@ -190,7 +192,10 @@ def record(
     source: Annotated[str, typer.Argument(help="A converted model's folder.")],
     out: Annotated[Path, typer.Argument(help="The file to write, safetensors.")],
     text: Annotated[str, typer.Option(help="Text to read. " + TEXT_HELP)] = "addresses:test",
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 1024,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help=f"Tokens of the prompt; by default {PROMPT}, or as many as the model has positions."),
+    ] = None,
 ) -> None:
     """Writes which heads a converted model's tokens use, for `--routing FILE`."""
     import torch
@@ -203,7 +208,8 @@ def record(
 
     documents = text_source(text, "test")
     network, tokenizer = store.load_causal_lm(model_folder(source))
-    windows_WT = windows_of(tokenizer, documents, window_for([network], tokens, WINDOW), tokens).ids_WT
+    length = window_for([network], tokens, PROMPT)
+    windows_WT = windows_of(tokenizer, documents, length, length).ids_WT
     check_ids(network, windows_WT)
     with torch.no_grad(), keep_routing(network) as log:
         network(windows_WT[:1], use_cache=False)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixhead.data.token_text import pieces_of
 from mixhead.errors import MixheadError
-from mixhead.models.context import check_ids, check_reads_forward, positions_of
+from mixhead.models.context import check_ids, check_length, check_reads_forward, positions_of
 
 OnProgress = Callable[[int, int], None]
 
@@ -103,13 +103,15 @@ def prompt_ids(
     ids_1T = ids_1T.to(next(model.parameters()).device)
     check_ids(model, ids_1T)
     positions, length = positions_of(model), ids_1T.shape[1]
-    room = default if positions.count is None else positions.count - length
+    # The last token that is written is not read again.
+    room = default if positions.count is None else positions.count - length + 1
     if positions.fixed and room < (new_tokens or 1):
         raise MixheadError(
             f"The prompt has {length:,} tokens, and {type(model).__name__} has {positions.count:,} positions: "
             + (f"it can write at most {room:,} new tokens." if room > 0 else "give a shorter one.")
         )
     count = new_tokens or (min(default, room) if room > 0 else default)
+    check_length(model, length + count - 1, "The text with what is to be written")
     return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}, count
 
 

@@ -78,7 +78,7 @@ def window_for(models: list[nn.Module], asked: int | None, default: int) -> int:
     """
     if asked is not None:
         for model in models:
-            check_length(model, asked, "The window")
+            check_room(model, asked, "The window")
         return asked
     counts = (positions_of(model).count for model in models)
     return min([default, *(count for count in counts if count is not None)])
@@ -86,21 +86,26 @@ def window_for(models: list[nn.Module], asked: int | None, default: int) -> int:
 
 def check_length(model: nn.Module, tokens: int, what: str = "The text") -> None:
     """Raises where a model cannot compute so many tokens at once; warns where it was never trained on so many."""
+    positions = check_room(model, tokens, what)
+    if positions.count is not None and tokens > positions.count:
+        logger.warning(
+            "%s has %s tokens, more than the %s positions that %s was made for: what it says beyond them means little.",
+            what,
+            f"{tokens:,}",
+            f"{positions.count:,}",
+            type(model).__name__,
+        )
+
+
+def check_room(model: nn.Module, tokens: int, what: str = "The text") -> Positions:
+    """The positions of a model; raises where it cannot compute so many tokens at once."""
     positions = positions_of(model)
-    if positions.count is None or tokens <= positions.count:
-        return
-    if positions.fixed:
+    if positions.fixed and positions.count is not None and tokens > positions.count:
         raise MixheadError(
             f"{what} has {tokens:,} tokens, but {type(model).__name__} has {positions.count:,} positions: give at most "
             "so many."
         )
-    logger.warning(
-        "%s has %d tokens, more than the %d positions that %s was made for: what it says beyond them means little.",
-        what,
-        tokens,
-        positions.count,
-        type(model).__name__,
-    )
+    return positions
 
 
 def check_ids(model: nn.Module, ids: Tensor) -> None:
