@@ -245,8 +245,10 @@ def test_names_that_are_no_utf_8_are_refused_in_a_sentence(folders, tmp_path, ca
 # Models of other kinds.
 
 
-@pytest.mark.parametrize("name", ["masked", "encoder", "vit"])
-@pytest.mark.parametrize("verb", ["evaluate", "generate", "tune", "inspect"])
+KINDS = [(name, verb) for name in ("masked", "encoder", "vit") for verb in ("evaluate", "generate", "tune", "inspect")]
+
+
+@pytest.mark.parametrize(("name", "verb"), [kind for kind in KINDS if kind != ("encoder", "inspect")])
 def test_who_predicts_no_next_word_is_refused(name, verb, folders, tmp_path, capsys):
     options = {"tune": [str(tmp_path / "run")], "inspect": ["--prompt", "the"]}.get(verb, [])
     words = {
@@ -255,6 +257,11 @@ def test_who_predicts_no_next_word_is_refused(name, verb, folders, tmp_path, cap
         "vit": ("ViTForImageClassification, which is no causal language model", "evaluate-images"),
     }
     refused([verb, folders[name], *options], capsys, *words[name])
+
+
+@pytest.mark.parametrize("command", [["bench", "record", "vit", "x"], ["bench", "model", "vit"], ["play", "vit"]])
+def test_no_verb_calls_a_model_of_another_kind_damaged(command, folders, tmp_path, capsys):
+    refused([folders.get(word, word) for word in command], capsys, "ViTForImageClassification, which is no causal")
 
 
 def test_a_masked_model_stays_one(folders, text, tmp_path, capsys):

@@ -23,6 +23,7 @@ from mixhead.bench.routings import OWN, RANDOM, SKEWED, GivenRouting, fitted, lo
 from mixhead.bench.subject import MASKED, SDPA, check_engine, largest_error, torch_dtype
 from mixhead.convert import MoHConfig, convert, revert
 from mixhead.errors import MixheadError
+from mixhead.models.calibrated import CALIBRATED
 from mixhead.models.context import check_room
 from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.recording import keep_routing
@@ -188,7 +189,9 @@ def load(source: str, dtype: torch.dtype) -> PreTrainedModel:
     if source.startswith(LLAMA):
         return LlamaForCausalLM(llama_config(source)).to(dtype)
     folder = store.check_folder(source)
-    return store.load_as(AutoModelForCausalLM, folder, store.load_config(folder), dtype)
+    config = store.load_config(folder)
+    store.check_writes_text(folder, config)
+    return store.load_as(AutoModelForCausalLM, folder, config, dtype)
 
 
 def llama_config(source: str) -> LlamaConfig:
@@ -217,7 +220,9 @@ def both(model: PreTrainedModel, config: MoHConfig) -> tuple[PreTrainedModel, Pr
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     if isinstance(model, MoHModelMixin):
         return revert(twin), model
-    return model, convert(twin, config)
+    converted = convert(twin, config)
+    converted.config.moh[CALIBRATED] = True  # which heads it chooses is given, or does not matter here
+    return model, converted
 
 
 def share_of(source: str, config: MoHConfig) -> float:

@@ -111,7 +111,7 @@ class Inputs:
     by: str | None
 
     def check(self, model: nn.Module, *labels: str) -> None:
-        """Raises where the recording could not have that layer, or its tokens none of these labels.
+        """Raises where nothing would be recorded, not that layer, or tokens with none of these labels.
 
         A model whose parts say more of their tokens may have others.
         """
@@ -119,7 +119,9 @@ class Inputs:
         from mixhead.recording.names import layer_named
 
         layers = list(routers_by_layer(model))
-        if self.layer is not None and layers:
+        if not layers:
+            raise MixheadError("This model routes in no layer: convert it first (mixhead convert).")
+        if self.layer is not None:
             layer_named(self.layer, layers)
         says_more = any(hasattr(module, "routing_labels") for module in model.modules())
         if self.by is not None and self.by not in labels and not says_more:
@@ -138,8 +140,6 @@ class Recorded:
 
 def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
     """The recording of that name, or a new one of the model of that name."""
-    from transformers import AutoImageProcessor
-
     from mixhead import store
     from mixhead.inspect.record import (
         picture_files,
@@ -151,6 +151,7 @@ def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
     )
     from mixhead.recording import Recording
     from mixhead.recording.file import recording_exists
+    from mixhead.tasks.image_classification.evaluate import load_processor
     from mixhead.tasks.image_generation.sampling import class_names, load_pipeline
     from mixhead.tasks.translation.translate import load_translator
 
@@ -165,10 +166,7 @@ def read_or_record(source: str, inputs: Inputs, path: Path) -> Recorded:
     about = {"model": model_name(source)}
     if inputs.images is not None:
         network = store.load(folder)
-        try:
-            processor = AutoImageProcessor.from_pretrained(folder)
-        except (OSError, ValueError, ImportError) as error:
-            raise MixheadError(f"{folder} has no image processor that can be loaded ({error}).") from error
+        processor = load_processor(folder, network)
         pictures = picture_files(inputs.images)
         inputs.check(network, *(["class"] if any(pictures.values()) else []))
         return Recorded(*record_pictures(network, processor, pictures, path, about=about))

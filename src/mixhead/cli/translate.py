@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import sys
 from collections.abc import Iterator
@@ -165,7 +166,8 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
     from mixhead.files import writing
 
     if path is None:
-        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")
         yield sys.stdout
         return
     with writing(path) as partial, partial.open("w", encoding="utf-8") as file:

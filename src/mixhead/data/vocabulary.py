@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mixhead.data.records import RECORDS
 from mixhead.data.text import text_source
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, first_line
 from mixhead.models.moa import MoAConfig
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>")  # in this order: ids 0 to 3
@@ -82,7 +82,7 @@ def read_vocabulary(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MixheadError(f"The vocabulary in {folder} cannot be read ({error}).") from error
+        raise MixheadError(f"The vocabulary in {folder} cannot be read ({first_line(error)}).") from error
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
