@@ -14,6 +14,7 @@ from line_task import line, losses
 
 from mixhead.cli.app import run as command
 from mixhead.errors import MixheadError
+from mixhead.files import write_folder
 from mixhead.tasks.registry import train_recipe
 from mixhead.training.checkpoints import checkpoints
 from mixhead.training.lock import LOCK, only_run_in
@@ -185,3 +186,16 @@ def test_rows_that_are_none_are_left_out(tmp_path):
     )
     assert [row["step"] for row in read_rows(tmp_path / "log.csv")] == ["1", "5", "9"]
     StepLog(tmp_path / "log.csv", ("step", "loss", "seconds"), 9).close()
+
+
+def test_sigterm_ends_any_command_in_order(tmp_path, monkeypatch):
+    """What it was writing is deleted, as after an error."""
+
+    def write(partial):
+        (partial / "half").write_text("x")
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("mixhead.cli.fetch.fetch_data", lambda *_, **__: write_folder(tmp_path / "data", write))
+    before = signal.getsignal(signal.SIGTERM)
+    assert command(["fetch", "emoji"]) == 143
+    assert not [*tmp_path.iterdir()] and signal.getsignal(signal.SIGTERM) is before

@@ -1,5 +1,7 @@
 """A task of one's own: settings, a trainer that says what a step costs, `build`, `measure`, a line in the table."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,23 @@ def test_unknown_tasks_are_told_from_known_ones(capsys, tmp_path):
     (tmp_path / "game.yaml").write_text("# A game\ntask: game\n")
     assert run(["train", str(tmp_path / "game.yaml")]) == 2
     assert "choose one of class_conditional_generation" in " ".join(capsys.readouterr().err.split())
+
+
+WITHOUT = """
+import sys
+missing = "PIL diffusers peft datasets sentencepiece sacrebleu torchmetrics lm_eval matplotlib tensorboard gguf gradio"
+sys.modules |= dict.fromkeys(missing.split())
+from mixhead.tasks.registry import TASKS
+from mixhead.data.image_files import read_image
+from mixhead.errors import MixheadError
+try:
+    read_image(b"a picture", "name")
+except MixheadError as error:
+    print(len(TASKS), error)
+"""
+
+
+def test_tasks_are_known_without_anything_optional():
+    """Text is trained on without Pillow; what asks for a picture says how to get it."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=120)
+    assert "Images need Pillow: install it with `pip install 'mixhead[vision]'`." in done.stdout, done.stderr

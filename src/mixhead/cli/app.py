@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -68,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; a user's mistake is printed as its sentence, without a traceback."""
     show_what_can_be_shown()
     try:
-        with log_on_standard_error():
+        with log_on_standard_error(), sigterm_ends_in_order():
             app(list(arguments), prog_name="mixhead")
     except MixheadError as error:
         return refuse(str(error))
@@ -106,6 +108,23 @@ def log_on_standard_error() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
+
+
+@contextmanager
+def sigterm_ends_in_order() -> Iterator[None]:
+    """SIGTERM ends the command as an error does, so that nothing half-written stays; the default would kill it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class LogLine(logging.Formatter):

@@ -8,6 +8,7 @@ Shape legend: B batch, C channels, Y rows, X columns, L labels.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +23,8 @@ from torch import Tensor
 from mixhead.errors import MixheadError
 from mixhead.settings import Natural, NotNegative, Probability, Settings, Share
 
-try:
+with contextlib.suppress(ImportError):  # what reads the images says that Pillow is missing; text needs none
     from PIL import Image, ImageEnhance, ImageOps
-except ImportError as error:
-    raise MixheadError("Images need Pillow: install it with `pip install 'mixhead[vision]'`.") from error
 
 Rng = np.random.Generator
 ATTEMPTS = 10  # to place a random rectangle
@@ -129,9 +128,9 @@ def moved(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=GREY)
 
 
-def enhanced(kind: type) -> Callable[[Image.Image, float, float], Image.Image]:
+def enhanced(aspect: str) -> Callable[[Image.Image, float, float], Image.Image]:
     """An operation that strengthens or weakens one aspect of an image."""
-    return lambda image, level, sign: kind(image).enhance(max(1.0 + sign * 0.9 * level, 0.1))
+    return lambda image, level, sign: getattr(ImageEnhance, aspect)(image).enhance(max(1.0 + sign * 0.9 * level, 0.1))
 
 
 # Each takes the image, a level in [0, 1] and a random sign; a higher level changes more.
@@ -145,10 +144,10 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
     "solarize_add": lambda image, level, sign: image.point(
         [min(v + int(110 * level), 255) if v < 128 else v for v in range(256)] * len(image.getbands())
     ),
-    "color": enhanced(ImageEnhance.Color),
-    "contrast": enhanced(ImageEnhance.Contrast),
-    "brightness": enhanced(ImageEnhance.Brightness),
-    "sharpness": enhanced(ImageEnhance.Sharpness),
+    "color": enhanced("Color"),
+    "contrast": enhanced("Contrast"),
+    "brightness": enhanced("Brightness"),
+    "sharpness": enhanced("Sharpness"),
     "shear_x": lambda image, level, sign: moved(image, (1.0, 0.3 * level * sign, 0.0, 0.0, 1.0, 0.0)),
     "shear_y": lambda image, level, sign: moved(image, (1.0, 0.0, 0.0, 0.3 * level * sign, 1.0, 0.0)),
     "translate_x": lambda image, level, sign: moved(image, (1, 0, 0.45 * level * sign * image.width, 0, 1, 0)),

@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -22,6 +21,9 @@ from torch.utils.data import Dataset
 from mixhead.data.augment import AugmentConfig, augment, erase, mix, soft_targets
 from mixhead.data.labelled_images import LabelledImages
 from mixhead.errors import MixheadError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 

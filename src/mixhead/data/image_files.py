@@ -45,7 +45,7 @@ def read_image(source: Path | bytes, name: str | None = None) -> Image:
     Raises:
         MixheadError: where the file is missing, damaged, no image, or of a size that makes no sense; it names the file.
     """
-    pillow_image, _ = _pillow()
+    pillow_image, _ = pillow()
     name = str(source) if name is None else name
     try:
         with warnings.catch_warnings():
@@ -91,7 +91,7 @@ def check_size(size: tuple[int, int], name: str) -> None:
 
 def to_rgb(image: Image) -> Image:
     """The same picture as RGB with 8 bits a channel, upright, on white where it is transparent."""
-    pillow_image, image_ops = _pillow()
+    pillow_image, image_ops = pillow()
     image = image_ops.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bits(image)
@@ -106,7 +106,7 @@ def to_8_bits(image: Image) -> Image:
     """A grey image with 16 or 32 bits as one with 8. Pillow alone would clip: all but the darkest became white."""
     import numpy as np
 
-    pillow_image, _ = _pillow()
+    pillow_image, _ = pillow()
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     if image.mode == "F" and values.max() <= 1.0:
         scale = 255.0
@@ -122,7 +122,8 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
 
 
-def _pillow():  # type: ignore[no-untyped-def]
+def pillow():  # type: ignore[no-untyped-def]
+    """Pillow's `Image` and `ImageOps`; raises a MixheadError where it is not installed."""
     try:
         from PIL import Image, ImageOps
     except ImportError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from mixhead.data.fetch import data_folder
-from mixhead.data.image_files import image_files, read_image
+from mixhead.data.image_files import image_files, pillow, read_image
 from mixhead.errors import MixheadError, listed
 
 if TYPE_CHECKING:
@@ -96,9 +96,8 @@ class ArrayImages:
     where: str
 
     def read(self, index: int) -> Image:
-        from PIL import Image as PillowImage
-
-        return PillowImage.fromarray(self.pixels[index]).convert("RGB")
+        pillow_image, _ = pillow()
+        return pillow_image.fromarray(self.pixels[index]).convert("RGB")
 
     def name(self, index: int) -> str:
         return f"{self.where}[{index}]"
