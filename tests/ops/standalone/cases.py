@@ -14,7 +14,7 @@ from mixhead.ops.aggregated.arguments import AggregatedArguments
 from mixhead.ops.attention import reference
 from mixhead.ops.convolutional_glu import reference as glu_reference
 from mixhead.ops.projections import reference_from_heads, reference_to_heads
-from mixhead.routing import Routing
+from mixhead.routing import LinearRouter, Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.bool, torch.int64)  # by number, as in pytorch.h
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-2}
@@ -54,9 +54,12 @@ def argument(x: Tensor | float | None) -> bytes:
     return b"i" + (struct.pack("<d", x) if isinstance(x, float) else integers(int(x)))
 
 
-def case(name, title, arguments, expected, dtype, *, as_list=False) -> bytes:
-    """`expected`: a tensor for each result, None where it is not compared."""
-    head = text(name) + text(title) + integers(len(arguments), len(expected), as_list)
+SEPARATE, AS_LIST, IN_PLACE = range(3)  # how an operator returns: by number, as in main.cpp
+
+
+def case(name, title, arguments, expected, dtype, *, returns=SEPARATE) -> bytes:
+    """`expected`: a tensor for each result, None where it is not compared; in place it is the first argument."""
+    head = text(name) + text(title) + integers(len(arguments), len(expected), returns)
     head += struct.pack("<d", TOLERANCE[dtype])
     results = [b"n" if x is None else b"t" + tensor(x.to(dtype)) for x in expected]
     return b"".join([head, *map(argument, arguments), *results])
@@ -149,7 +152,7 @@ def aggregated(size, pooled, window, dim=24, heads=3, gated=True):
     inputs = (q, k, v, pool_k, pool_v, given(gates), given(selected), size[0], *parameters)
     yield case("aggregate_cpu", title, inputs, [out, None], torch.float32)
     expected = [*gradients[:5], gradients[11] * selected if gated else None, *gradients[5:11]]
-    yield case("aggregate_cpu_backward", title, (grad, *inputs, Result(1)), expected, torch.float32, as_list=True)
+    yield case("aggregate_cpu_backward", title, (grad, *inputs, Result(1)), expected, torch.float32, returns=AS_LIST)
 
 
 def glu(size, channels, dtype):
@@ -165,6 +168,34 @@ def glu(size, channels, dtype):
     yield case("convolutional_glu_cpu_backward", title, backward, [gradients[0], None, None, None], dtype)
     if dtype == torch.float32:
         yield case("convolutional_glu_cpu_backward", title, backward, gradients, dtype)
+
+
+def routing(tokens=5, heads=6, shared=2, active=4, groups=1, hidden=50, dtype=torch.float32):
+    title = f"{tokens} tokens, {active} of {heads} heads, {shared} shared, {groups} groups, {hidden} hidden, {dtype}"
+    router = LinearRouter(hidden, heads, shared, active, groups).requires_grad_(False)
+    weight, bias = (torch.randn_like(x).to(dtype) for x in (router.score_proj.weight, router.score_proj.bias))
+    x = torch.randn(2, tokens, hidden).to(dtype)
+    routed = router.route(x.float() @ weight.float().T + bias.float(), None)
+    inputs = (x, weight, bias, router.shared_H, active, groups)
+    yield case("route_linear_cpu", title, inputs, [routed.gates_BNH, None, routed.probs_BNH], torch.float32)
+
+    out = torch.randn(2, heads, tokens, 20).to(dtype)
+    skipped = torch.randn(heads, 20).to(dtype)
+    gates, selected = (torch.rand(2, tokens, heads) + 0.5).to(dtype), routed.selected_BNH
+    selected_BHN1, gates_BHN1 = (t.transpose(1, 2).unsqueeze(-1) for t in (selected, gates))
+    gated = torch.where(selected_BHN1, out.double() * gates_BHN1, 0.0)
+    yield case("gate_heads_cpu", title, (out, gates, selected), [gated], dtype, returns=IN_PLACE)
+    by_token = out.transpose(1, 2)
+    filled = torch.where(selected.unsqueeze(-1), by_token, skipped)
+    yield case("fill_skipped_cpu", title, (by_token, selected, skipped), [filled], dtype, returns=IN_PLACE)
+
+    if tokens == 1:
+        q, (k, v) = torch.randn(2, heads, 1, 20), (torch.randn(2, heads // 2, 70, 20) for _ in range(2))
+        q, k, v = (t.to(dtype) for t in (q, k, v))
+        attended = reference.attend(*leaves(q, k, v), routed, causal=False, scale=0.2, attn_mask=None)
+        decoded = torch.where(selected.unsqueeze(-1), attended.transpose(1, 2), skipped.double())
+        arguments = (*inputs[:4], given(skipped), q, k, v, active, groups, 0.2)
+        yield case("decode_routed_cpu", title, arguments, [decoded], dtype)
 
 
 def cases():
@@ -183,6 +214,9 @@ def cases():
         yield from attention(70, 70, share=1.0, causal=True, dtype=dtype)
         yield from glu((5, 7), 19, dtype)
         yield from glu((1, 1), 4, dtype)
+        yield from routing(tokens=67, dtype=dtype)
+        yield from routing(tokens=1, dtype=dtype)
+        yield from routing(tokens=1, heads=8, shared=0, active=4, groups=2, hidden=33, dtype=dtype)
     yield from projections()
     yield from projections(rows=1, heads=5, dim=64, hidden=33, bias=False, gated=False)
     yield from aggregated((7, 9), (2, 3), 3)

@@ -12,6 +12,8 @@ using namespace standin;
 
 namespace {
 
+enum class Returns { separate, as_list, in_place };  // by number, as in cases.py
+
 template <class T>
 T read(std::istream& from) {
   T x;
@@ -78,12 +80,14 @@ int main(int, char** arguments) {
   for (int64_t i = 0; i < cases; ++i) {
     const std::string name = read_text(file), title = read_text(file);
     const auto inputs = read<int64_t>(file), outputs = read<int64_t>(file);
-    const bool as_list = read<int64_t>(file) != 0;
+    const auto returns = Returns(read<int64_t>(file));
     const auto tolerance = read<double>(file);
     std::vector<StableIValue> stack(std::max(inputs, outputs));
     for (int64_t at = 0; at < inputs; ++at) stack[at] = read_argument(file, results);
-    operators().at(name)(stack.data(), inputs, as_list ? 1 : outputs);
-    if (as_list) {
+    const Array first = array(reinterpret_cast<AtenTensorHandle>(stack[0]));
+    operators().at(name)(stack.data(), inputs, returns == Returns::separate ? outputs : returns == Returns::as_list);
+    if (returns == Returns::in_place) stack[0] = stack_value(first);
+    if (returns == Returns::as_list) {
       const auto list = reinterpret_cast<StableListHandle>(stack[0]);
       for (int64_t at = 0; at < outputs; ++at) torch_list_get_item(list, at, &stack[at]);
     }
