@@ -230,6 +230,58 @@ def test_implementations_know_no_other():
     assert not known, f"one implementation imports another: {sorted(known)}"
 
 
+# What the outermost room may not do: compute. `doctor` says what is installed.
+COMPUTES = {"torch", "numpy", "transformers", "safetensors", "diffusers"}
+MAX_LINES_BESIDE_A_VERB = 40
+
+
+def run_time_imports(text: str, file: Path, package: str) -> set[str]:
+    """Names that a file imports when it runs: not those under `if TYPE_CHECKING`."""
+    tree = ast.parse(text)
+    types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    lines = {line for node in types for line in range(node.lineno, node.end_lineno + 1)}
+    return {i.name for i in imports_of(text, file, package) if i.line not in lines}
+
+
+def test_the_command_line_holds_no_logic():
+    """Its files load nothing that computes, and what is no verb is short."""
+    broken = []
+    for file in sorted((PACKAGE / "cli").glob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        computes = {name.split(".")[0] for name in run_time_imports(text, file, "mixhead.cli")} & COMPUTES
+        if computes and file.stem != "doctor":
+            broken.append(f"{file.name} imports {', '.join(sorted(computes))}")
+        functions = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)]
+        for function in functions:
+            verb = "Annotated[" in ast.unparse(function.args) or function.decorator_list
+            if not verb and function.end_lineno - function.lineno >= MAX_LINES_BESIDE_A_VERB:
+                broken.append(f"{file.name}: {function.name} is too long for what only parses and prints")
+    assert not broken, "\n" + "\n".join(broken)
+
+
+def test_reports_run_no_model():
+    """They read recordings, logs and results: no room that computes, and no call that a model answers."""
+    rooms = {"ops", "nn", "models", "convert", "interop", "store"}
+    names_alone = "mixhead.models.patches."  # what labels of patches are called
+    calls = {"forward", "generate", "from_pretrained", "no_grad", "inference_mode", "backward"}
+    broken = []
+    for file in sorted((PACKAGE / "report").glob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        names = run_time_imports(text, file, "mixhead.report")
+        broken += [
+            f"{file.name} imports {name}"
+            for name in sorted(names)
+            if (room_of(name) in rooms and not name.startswith(names_alone))
+            or name.startswith(("torch.nn", "transformers"))
+        ]
+        broken += [
+            f"{file.name}:{node.lineno} calls {node.func.attr}"
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in calls
+        ]
+    assert not broken, "\n" + "\n".join(broken)
+
+
 def test_the_picture_shows_these_rooms_in_this_order():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)

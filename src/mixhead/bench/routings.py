@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mixhead.errors import MixheadError
 from mixhead.files import write_bytes
-from mixhead.recording import ExactLog
+from mixhead.recording import ExactLog, keep_routing
 from mixhead.routing import Router, Routing
 
 RANDOM, SKEWED, OWN = "random", "skewed", "own"
@@ -71,6 +71,14 @@ def fitted(layers: list[Routing], tokens: int, heads: int, name: str) -> Routing
         index_N = torch.arange(tokens) % layer.selected_BNH.shape[1]
         rows.append((layer.gates_BNH[:1, index_N], layer.selected_BNH[:1, index_N]))
     return Routing(torch.cat([gates for gates, _ in rows]).float(), torch.cat([selected for _, selected in rows]))
+
+
+def record(model: nn.Module, ids_1N: Tensor, file: Path) -> int:
+    """Writes what the tokens of a prompt use in a converted language model; returns how many layers route."""
+    with torch.no_grad(), keep_routing(model) as log:
+        model(ids_1N, use_cache=False)
+    save_recording(log, file)
+    return len(log.layers)
 
 
 def save_recording(log: ExactLog, file: Path) -> None:

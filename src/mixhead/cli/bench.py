@@ -198,23 +198,18 @@ def record(
     ] = None,
 ) -> None:
     """Writes which heads a converted model's tokens use, for `--routing FILE`."""
-    import torch
-
     from mixhead import store
     from mixhead.bench import routings
     from mixhead.data.text import text_source
     from mixhead.models.context import check_ids, window_for
-    from mixhead.recording import keep_routing
 
     documents = text_source(text, "test")
     network, tokenizer = store.load_causal_lm(model_folder(source))
     length = window_for([network], tokens, PROMPT)
     windows_WT = windows_of(tokenizer, documents, length, length).ids_WT
     check_ids(network, windows_WT)
-    with torch.no_grad(), keep_routing(network) as log:
-        network(windows_WT[:1], use_cache=False)
-    routings.save_recording(log, out)
-    console.print(f"Wrote {out}: {len(log.layers)} layers, {windows_WT.shape[1]:,} tokens.")
+    layers = routings.record(network, windows_WT[:1], out)
+    console.print(f"Wrote {out}: {layers} layers, {windows_WT.shape[1]:,} tokens.")
 
 
 @dataclass(frozen=True)

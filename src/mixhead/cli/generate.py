@@ -28,34 +28,16 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling (with a temperature above 0).")] = 0,
 ) -> None:
     """Continues a text with a dense or converted model and prints the share of heads that it used."""
-    import torch
-    from transformers import TextStreamer
-
     from mixhead import store
     from mixhead.data.text import read_text_file
     from mixhead.data.windows import prompt_ids
-    from mixhead.models.hugging_face import MoHModelMixin
-    from mixhead.recording import record_routing
+    from mixhead.inspect.continuing import write_on
 
     if prompt is not None and prompt_file is not None:
         raise MixheadError("Give one of a prompt (--prompt) and a file that holds one (--prompt-file).")
     text = read_text_file(prompt_file) if prompt_file is not None else PROMPT if prompt is None else prompt
     network, tokenizer = store.load_causal_lm(model_folder(model))
     inputs, new_tokens = prompt_ids(network, tokenizer, text, max_new_tokens, NEW_TOKENS)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": temperature > 0.0, "temperature": temperature or None, "top_p": None, "top_k": None}
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    with record_routing(network) as log, torch.inference_mode():
-        network.generate(**inputs, max_new_tokens=new_tokens, streamer=streamer, **sampling)
-    if isinstance(network, MoHModelMixin):
-        used = network.config.moh["layers"]
-        active, heads = (sum(layer[kind] for layer in used) for kind in ("active_heads", "num_heads"))
-        routed = [layer for layer in used if layer["active_heads"] < layer["num_heads"]]
-        part = sum(layer["active_heads"] for layer in routed) / max(1, sum(layer["num_heads"] for layer in routed))
-        among = f" ({part:.1%} in the {len(routed)} that route)" if len(routed) < len(used) else ""
-        busiest = max((float(load.max()) for load in log.load().values()), default=1.0)
-        console.print(
-            f"\n{active} of {heads} heads per token ({active / heads:.1%}) over {len(used)} layers{among}; "
-            f"the busiest head served {busiest:.0%} of the tokens.",
-            style="dim",
-        )
+    used = write_on(network, tokenizer, inputs, new_tokens, temperature, seed)
+    if used:
+        console.print(f"\n{used}", style="dim")
