@@ -323,6 +323,17 @@ def test_a_second_model_that_is_cut_short_is_refused_before_the_first_is_measure
     refused(["evaluate", folders["llama"], second], capsys, "model.safetensors is truncated or corrupt")
 
 
+def test_a_text_that_is_too_short_for_one_of_the_models_is_refused_before_any_is_measured(
+    folders, tmp_path, capsys, monkeypatch
+):
+    """In the words of the second tokenizer it fills no window, and of questions it has none."""
+    (tmp_path / "short.txt").write_text(PROSE[:80])
+    monkeypatch.setattr("mixhead.store.load_as", None)
+    command = ["evaluate", folders["coarse"], folders["llama"], "--text", tmp_path / "short.txt"]
+    refused([*command, "--window", "62"], capsys, "fewer than one window of 62")
+    refused([*command, "--window", "16", "--tasks", "4"], capsys, "The text gives no question")
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [

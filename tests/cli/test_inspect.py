@@ -107,7 +107,7 @@ def test_a_translator_shows_what_it_reads_and_what_it_writes(model, texts, tmp_p
     assert "continues no prompt" in printed(capsys)
 
 
-def test_pictures_by_class(tmp_path):
+def test_pictures_by_class(tmp_path, capsys):
     from mixhead.models.moh_vit import MoHTransNeXtConfig, MoHTransNeXtForImageClassification
     from mixhead.models.moh_vit.images import image_processor
 
@@ -120,6 +120,7 @@ def test_pictures_by_class(tmp_path):
     for name, colour in (("bag", "red"), ("boat", "blue")):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         Image.new("RGB", (40, 40), colour).save(tmp_path / "pictures" / name / "a.png")
+    (tmp_path / "pictures" / "boat" / "torn.png").write_bytes(b"no picture")
     page, figure = tmp_path / "page.html", tmp_path / "class.png"
     command = ["inspect", str(folder), "--images", str(tmp_path / "pictures"), "--out", str(page)]
     assert run([*command, "--plot", str(figure), "--by", "class"]) == 0
@@ -127,6 +128,10 @@ def test_pictures_by_class(tmp_path):
     assert text.count("data:image/png;base64,") == 2
     assert "Picture 2 (boat)" in text
     assert figure.is_file()
+    assert "Left out: The file" in printed(capsys)
+    (tmp_path / "pictures" / "boat" / "torn.png").rename(tmp_path / "torn.png")
+    assert run(["inspect", str(folder), "--images", str(tmp_path / "torn.png"), "--terminal"]) == 2
+    assert "None of the 1 pictures can be read" in printed(capsys)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def classify(
     """Prints the likeliest labels of images with their probabilities and the heads that were used."""
     from mixhead.recording.listen import routers_by_layer
     from mixhead.recording.names import layer_named
+    from mixhead.report.comparison import pyplot
     from mixhead.report.vision import plot_heads
     from mixhead.tasks.image_classification.classify import classify as look_at
     from mixhead.tasks.image_classification.evaluate import load_classifier
@@ -37,6 +38,7 @@ def classify(
     network, processor, classes = load_classifier(model)
     if overlay is not None:
         check_new_folder(overlay, overwrite=True)
+        pyplot()  # before the work, where it is missing
     layer = None if layer is None else layer_named(layer, list(routers_by_layer(network)))
     refused = []
     for file in images:

@@ -32,7 +32,9 @@ def demo(
     from rich.markdown import Markdown
 
     from mixhead.report import write_comparison
+    from mixhead.report.comparison import pyplot
     from mixhead.tasks.language_modelling.demo import Demo
+    from mixhead.tasks.language_modelling.lm_eval_tasks import require_lm_eval
 
     config = DemoConfig(
         tuning_tokens=tuning_tokens,
@@ -40,6 +42,8 @@ def demo(
         questions=questions,
         test_windows=test_windows,
     )
+    require_lm_eval()
+    pyplot()
     original = model_folder(SMOLLM2)
     begin = time.perf_counter()
     result = Demo(original, out, config, progress_bar, console.print).run()

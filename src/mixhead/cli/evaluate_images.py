@@ -36,6 +36,7 @@ def evaluate_images(
     from mixhead.precision import autocast_dtype
     from mixhead.recording.listen import routers_by_layer
     from mixhead.recording.names import layer_named
+    from mixhead.report.comparison import pyplot
     from mixhead.report.vision import accuracy_table, class_table, plot_confusion, plot_load, write_confusion
     from mixhead.tasks.image_classification.evaluate import evaluate_images as measure
     from mixhead.tasks.image_classification.evaluate import load_classifier
@@ -44,6 +45,7 @@ def evaluate_images(
     images = renumbered(open_images(data, "test"), names)
     if out is not None:
         check_new_folder(out, overwrite=True)
+        pyplot()  # before the work, where it is missing
     layer = None if layer is None else layer_named(layer, list(routers_by_layer(network)))
     check_classes(classes or (), images)
     autocast = autocast_dtype(dtype)

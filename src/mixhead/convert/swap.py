@@ -30,6 +30,7 @@ from mixhead.models.hugging_face import (
 from mixhead.models.jetmoe import is_in_slots, take_out_of_slots
 from mixhead.models.moh_dit import MoHDiT
 from mixhead.routing import LayerHeads
+from mixhead.store import forget_unpacked
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -72,6 +73,7 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
             f"{type(model).__name__} is set to return attention weights, and a converted model computes none for the "
             "heads that a token skips: set config.output_attentions to False first."
         )
+    forget_unpacked(model)
     sites = find_sites(model)
     layers = config.resolve([site.num_heads for site in sites], [site.num_key_value_heads for site in sites])
     moh = {

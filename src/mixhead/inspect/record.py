@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from mixhead.tasks.translation.translate import clean, most_new_tokens, room_for
 
 if TYPE_CHECKING:
     from mixhead.models.moh_dit import MoHDiTPipeline
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 2048  # tokens of one window
 NEW_TOKENS = 100
@@ -204,7 +207,7 @@ def record_pictures(
     *,
     about: Mapping[str, Any] | None = None,
 ) -> tuple[Recording, list[bytes]]:
-    """Shows pictures to a model and writes what each patch used.
+    """Shows pictures to a model and writes what each patch used. What cannot be read is left out, and logged.
 
     Args:
         model: a model of images that routes.
@@ -215,19 +218,29 @@ def record_pictures(
 
     Returns:
         The recording, and the pictures as the model saw them, PNG.
+
+    Raises:
+        MixheadError: where none of the pictures can be read.
     """
     shown = []
     grids: list[list[int]] = []  # of the finest map of each picture
     with record_routing(model, path) as log:
         log.about.update({**heads_that_do_not_route(model), **(about or {}), GRIDS: grids})
         for file, of_class in pictures.items():
-            pixels_1CYX = processor(read_image(file), return_tensors="pt")["pixel_values"]
+            try:
+                picture = read_image(file)
+            except MixheadError as error:
+                logger.warning("Left out: %s", error)
+                continue
+            pixels_1CYX = processor(picture, return_tensors="pt")["pixel_values"]
             with log.labelled(**({"class": of_class} if of_class else {})):
                 model(pixels_1CYX)
             grids.append(
                 [*patch_grid(getattr(model, "config", None), pixels_1CYX.shape[-2:], pixels_1CYX[0, 0].numel())]
             )
             shown.append(_seen(pixels_1CYX[0], processor))
+        if not shown:
+            raise MixheadError(f"None of the {len(pictures)} pictures can be read.")
     return Recording(path), shown
 
 

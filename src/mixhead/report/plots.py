@@ -219,11 +219,12 @@ def check_figure(file: Path, figure: str | None) -> None:
 
 
 def check_picture(file: Path) -> None:
-    """Raises a `MixheadError` where the name of a picture ends in what cannot be drawn."""
+    """Raises a `MixheadError` where the name of a picture ends in what cannot be drawn, or nothing can be."""
     if file.suffix.lower() not in ENDINGS:
         raise MixheadError(
             f"A picture is written as {', '.join(ENDINGS)}, and {file} ends in {file.suffix or 'nothing'}."
         )
+    pyplot()
 
 
 def save(figure: Any, file: Path) -> None:

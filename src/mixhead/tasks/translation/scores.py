@@ -41,7 +41,7 @@ def score_translations(translations: Sequence[str], references: Sequence[str]) -
     Raises:
         MixheadError: where their numbers differ, there is none, or sacrebleu is not installed.
     """
-    sacrebleu = _sacrebleu()
+    sacrebleu = require_sacrebleu()
     if len(translations) != len(references):
         raise MixheadError(
             f"There are {len(translations):,} translations, but {len(references):,} references: line by line they must "
@@ -73,7 +73,8 @@ def split_compounds(tokens: str) -> str:
     return COMPOUND.sub(r"\1 ##AT##-##AT## ", tokens)
 
 
-def _sacrebleu() -> Any:
+def require_sacrebleu() -> Any:
+    """sacreBLEU; raises where it is not installed: asked before long work, not after."""
     try:
         import sacrebleu
     except ImportError:

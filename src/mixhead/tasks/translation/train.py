@@ -24,7 +24,7 @@ from mixhead.models.moa import MoATransformerConfig, MoATransformerForConditiona
 from mixhead.settings import Count, Share, Source
 from mixhead.tasks.moa_training import MoATrainConfig, MoATrainer, model_config
 from mixhead.tasks.translation.config import TranslateConfig
-from mixhead.tasks.translation.scores import TranslationScores, score_translations
+from mixhead.tasks.translation.scores import TranslationScores, require_sacrebleu, score_translations
 from mixhead.tasks.translation.translate import load_translator, translate_lines
 from mixhead.training.run import Metrics
 
@@ -69,6 +69,8 @@ def build(config: TranslationConfig, run: Path) -> TranslationTrainer:
     Raises:
         MixheadError: where settings or data cannot be used.
     """
+    if config.tests:
+        require_sacrebleu()
     tests = {name: read_pairs(source, "test", config.languages) for name, source in config.tests.items()}
     pairs = read_pairs(config.data, "train", config.languages)
     tokenizer = vocabulary_for(config.vocabulary, (side for pair in pairs for side in pair))
@@ -134,6 +136,7 @@ def evaluate_translation(
     config: TranslateConfig | None = None,
 ) -> tuple[TranslationScores, float]:
     """Translates the sources and scores the result: the scores, and the CPU seconds of all threads that it took."""
+    require_sacrebleu()
     start = time.process_time()
     translations = list(translate_lines(model, tokenizer, [pair.source for pair in pairs], config))
     seconds = time.process_time() - start
