@@ -36,4 +36,4 @@ def place_of(layer: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dt
         for each in getattr(hook, "hooks", (hook,)):
             if getattr(each, "execution_device", None) is not None:
                 return torch.device(each.execution_device), floating  # type: ignore[union-attr]
-    return next((w.device for w in weights), torch.device("cpu")), floating
+    return next((w.device for w in (*weights, *model.parameters())), torch.device("cpu")), floating

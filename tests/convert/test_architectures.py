@@ -67,6 +67,15 @@ def qwen2_vl():
     )  # fmt: skip
 
 
+def florence2():
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    text = t.BartConfig(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, **heads)
+    vision = {"embed_dim": [16], "num_heads": [4], "num_groups": [4], "depths": [1], "patch_size": [3],
+              "patch_stride": [2], "patch_padding": [1], "patch_prenorm": [False], "window_size": 2,
+              "projection_dim": 32}  # fmt: skip
+    return t.Florence2Config(text_config=text, vision_config=vision, image_token_id=3)
+
+
 # Model class, configuration, inputs.
 DEVIANTS: dict[str, tuple[type[t.PreTrainedModel], Callable[[], t.PreTrainedConfig], Callable[[], dict]]] = {
     "deepseek_v2": (t.DeepseekV2ForCausalLM, lambda: t.DeepseekV2Config(**LATENT), ids),  # values narrower than keys
@@ -83,7 +92,7 @@ DEVIANTS: dict[str, tuple[type[t.PreTrainedModel], Callable[[], t.PreTrainedConf
         t.VJEPA2Model,
         lambda: t.VJEPA2Config(
             crop_size=8, patch_size=4, frames_per_clip=4, hidden_size=48, num_attention_heads=4, num_hidden_layers=2,
-            pred_hidden_size=48, pred_num_attention_heads=4, pred_num_hidden_layers=1, pred_num_mask_tokens=2,
+            pred_hidden_size=48, pred_num_attention_heads=4, pred_num_hidden_layers=1, num_pooler_layers=1,
         ),
         lambda: {"pixel_values_videos": video()["pixel_values"]},
     ),
@@ -194,6 +203,17 @@ def test_every_router_is_trained(name):
     assert all(grad.any() for n, grad in routers.items() if "routed_proj" in n)
 
 
+def test_heads_that_no_output_projection_follows():
+    """In the pooler of V-JEPA 2 the heads side by side are the output."""
+    model, inputs = t.VJEPA2ForVideoClassification(DEVIANTS["vjepa2"][1]()).eval(), DEVIANTS["vjepa2"][2]()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert same_bits(mixhead.convert(model, MoHConfig(active=1.0))(**inputs).logits, expected)
+        mixhead.convert(mixhead.revert(model), MoHConfig(active=0.5))
+        assert model.pooler.cross_attention_layer.cross_attn.moh_router is not None
+        assert not torch.equal(model(**inputs).logits, expected)
+
+
 WRITERS = [name for name, (model_class, _, inputs) in DEVIANTS.items() if inputs is ids and "LM" in model_class.__name__
            and "Masked" not in model_class.__name__]  # fmt: skip
 
@@ -228,7 +248,7 @@ def test_checkpointed_layers_run_again_as_they_did(name):
 DSA = {**LATENT, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
 REFUSED = {
     "chooses keys for every query": lambda: t.DeepseekV32ForCausalLM(t.DeepseekV32Config(**DSA)),
-    "has no output projection known here": lambda: t.VJEPA2ForVideoClassification(DEVIANTS["vjepa2"][1]()),
+    "does not tell its num_heads": lambda: t.Florence2ForConditionalGeneration(florence2()),  # its channels attend
 }
 
 

@@ -84,6 +84,12 @@ def test_arguments_that_change_the_mathematics_are_refused_not_ignored(attention
         attend(attention, q, k, v, hidden, **{argument: torch.ones(())})
 
 
+def test_what_the_whole_call_takes_is_not_ignored_where_a_part_is_called():
+    model = mixhead.convert(LlamaForCausalLM(LlamaConfig(**SMALL)), MoHConfig(active=0.5))
+    with pytest.raises(MixheadError, match="routing_trace goes to the call of the converted model itself"):
+        model.model(torch.arange(5).unsqueeze(0), routing_trace=RoutingTrace())
+
+
 def test_hidden_states_of_other_tokens_than_the_queries_are_refused(attention):
     q, k, v, hidden = states()
     with pytest.raises(MixheadError, match=r"its 1 x 5 queries are not those of its hidden states"):

@@ -36,6 +36,9 @@ ATTENTION = "mixhead"
 ATTENTION_OF_EAGER = "mixhead_eager"
 # What some models hand to the interface, and what changes the mathematics in a way that only their own function knows.
 UNSUPPORTED = frozenset({"softcap", "position_bias", "s_aux", "sinks", "cache", "indices", "block_indices"})
+# What the call of a converted model takes for itself; a part of it, called alone, would hand it down to here.
+OF_THE_CALL = frozenset({"routing_trace", "head_attention_impl", "stand_in"})
+LOOKED_AT = UNSUPPORTED | OF_THE_CALL
 
 
 # Floating masks add at least this much to the scores that they allow: transformers forbids with the smallest number.
@@ -134,7 +137,7 @@ def moh_attention_forward(
         dense_attention = dense_attention_of(module)
         kwargs = kwargs if is_causal is None else {**kwargs, "is_causal": is_causal}
         return dense_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if not UNSUPPORTED.isdisjoint(kwargs):
+    if not LOOKED_AT.isdisjoint(kwargs):
         check_call(module, kwargs)
     hidden_BNC = module.moh_input.beside(query, str(module.moh_name))  # type: ignore[union-attr,operator]
     one_width = query.shape[3] == value.shape[3]
@@ -197,7 +200,10 @@ def selected_heads(
 
 
 def check_call(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raises where the module asks for what is not computed here."""
+    """Raises where the module asks for what is not computed here, or a part of a model was called for the whole."""
+    asked = ", ".join(sorted(OF_THE_CALL & kwargs.keys()))
+    if asked:
+        raise MixheadError(f"{asked} goes to the call of the converted model itself: a part of it does not take it.")
     given = ", ".join(argument for argument in sorted(UNSUPPORTED) if kwargs.get(argument) is not None)
     if given:
         raise MixheadError(

@@ -219,6 +219,11 @@ def output_projection(model: PreTrainedModel, name: str, module: nn.Module) -> n
     sibling = getattr(getattr(parent, "output", None), "dense", None)
     if isinstance(sibling, nn.Module):
         return sibling
+    linear = {child for child, layer in module.named_children() if isinstance(layer, nn.Linear)}
+    if linear == {"q_proj", "k_proj", "v_proj"}:  # The heads are the output (the pooler of V-JEPA 2).
+        identity = nn.Identity()
+        identity.in_features = module.v_proj.out_features  # type: ignore[union-attr]
+        return identity
     raise MixheadError(f"{type(model).__name__} cannot be converted: {name} has no output projection known here.")
 
 
