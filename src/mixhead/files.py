@@ -6,9 +6,11 @@ process leaves under such a name is deleted when NAME is written next; what it w
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import logging
+import re
 import shutil
 import tempfile
 import time
@@ -38,31 +40,43 @@ def partial_of(path: Path, suffix: str = _PARTIAL) -> Path:
 
 
 def sweep(path: Path) -> None:
-    """Deletes what killed processes left half-written or half-deleted of `path`, and brings back what they replaced."""
+    """Deletes what killed processes left half-written beside `path`, and brings back what they were about to replace.
+
+    What a process of another machine left, or an earlier version, is deleted in the name of `path` alone, after a day.
+    """
     restore(path)
-    for left in _left_of(path, _PARTIAL, _FORMER):
-        remove(left)
+    for left in (*_left_beside(path, f".*{_PARTIAL}"), *_formers(path)):
+        with contextlib.suppress(OSError):  # of another user, or swept by another process already
+            remove(left)
 
 
 def restore(path: Path) -> None:
     """Gives `path` back what stood there, where a process was killed between taking that away and replacing it."""
     if path.exists():
         return
-    for former in _left_of(path, _FORMER):
-        logger.warning("A process was killed while it replaced %s: what stood there before is back.", path)
-        former.rename(path)
-        return
+    for former in _formers(path):
+        with contextlib.suppress(OSError):  # read-only
+            former.rename(path)
+            logger.warning("A process was killed while it replaced %s: what stood there before is back.", path)
+            return
 
 
-def _left_of(path: Path, *suffixes: str) -> list[Path]:
-    """What processes that have ended left beside `path`, in its name."""
-    found = [p for suffix in suffixes for p in path.parent.glob(f".{glob.escape(path.name)}-*{suffix}")]
-    return [left for left in found if _is_left(left, left.name.removeprefix(f".{path.name}-").partition("-")[0])]
+def _formers(path: Path) -> list[Path]:
+    """What stood at `path` when processes that have ended took it away."""
+    return _left_beside(path, f".{glob.escape(path.name)}-*{_FORMER}")
 
 
-def _is_left(left: Path, process: str) -> bool:
-    ended = has_ended(process)
-    return time.time() - left.lstat().st_mtime > _DAY if ended is None else ended
+def _left_beside(path: Path, pattern: str) -> list[Path]:
+    """What matches and belongs to a process that has ended, or that nobody knows and that bears the name of `path`."""
+    left = []
+    for found in path.parent.glob(pattern):
+        process = re.search(r"-([0-9a-f]+\.\d+\.\d+)-\w+$", found.stem)
+        ended = has_ended(process[1]) if process else None
+        with contextlib.suppress(OSError):
+            own = found.name.startswith(f".{path.name}-")
+            if ended or (ended is None and own and time.time() - found.lstat().st_mtime > _DAY):
+                left.append(found)
+    return left
 
 
 def remove_partial(run: Path) -> None:

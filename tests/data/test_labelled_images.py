@@ -146,3 +146,12 @@ def test_emoji_are_read_by_category(tmp_path):
     assert found.labels.tolist() == [1, 0, 0]
     with pytest.raises(MixheadError, match="no package of emoji"):
         emoji(tmp_path / "img", "train")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "[" * 10_000])
+def test_a_dataset_that_is_damaged_is_refused_in_a_sentence(tmp_path: Path, text: str):
+    pytest.importorskip("datasets")
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(MixheadError, match="is incomplete or corrupt"):
+        open_images(tmp_path, "train")

@@ -13,7 +13,7 @@ import numpy as np
 
 from mixhead.data.fetch import data_folder
 from mixhead.data.image_files import image_files, pillow, read_image
-from mixhead.errors import MixheadError, listed
+from mixhead.errors import MixheadError, first_line, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -248,7 +248,10 @@ def dataset_images(folder: Path, split: Split) -> DatasetImages:
         from datasets import Image as ImageFeature
     except ImportError as error:
         raise MixheadError(f"{folder} is a Hugging Face dataset: install the package `datasets` to read it.") from error
-    loaded = load_from_disk(str(folder))
+    try:
+        loaded = load_from_disk(str(folder))
+    except Exception as error:  # datasets, pyarrow and json raise many types on corrupt files
+        raise MixheadError(f"The dataset {folder} is incomplete or corrupt ({first_line(error)}).") from error
     if isinstance(loaded, DatasetDict):
         name = next((name for name in SPLIT_NAMES[split] if name in loaded), None)
         if name is None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixhead.data.noised_images import PixelInputs, to_signed
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, first_line
 from mixhead.files import changes_since_begun, write_folder
 from mixhead.shards import check_indexes
 
@@ -91,8 +91,8 @@ def load_vae(folder: Path) -> Any:
     check_indexes(folder)
     try:
         vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise MixheadError(f"The VAE in {folder} cannot be read ({error}).") from error
+    except Exception as error:  # diffusers, safetensors and json raise many types on corrupt files
+        raise MixheadError(f"The VAE in {folder} cannot be read ({first_line(error)}).") from error
     return vae.eval().requires_grad_(False)
 
 

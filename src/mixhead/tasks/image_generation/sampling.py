@@ -17,7 +17,7 @@ from torch import Tensor
 from mixhead.data.latents import load_vae
 from mixhead.data.noised_images import to_eight_bits
 from mixhead.data.order import SEED_STRIDE
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, first_line
 from mixhead.interop import open_dit
 from mixhead.tasks.image_generation.sampling_config import Sampler, SamplingConfig
 
@@ -52,8 +52,8 @@ def load_pipeline(folder: str | Path, vae: str | Path | None = None, name: str |
         try:
             labels = MoHDiTPipeline.load_config(folder, local_files_only=True).get("id2label")
             scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise MixheadError(f"{folder} is no folder of a pipeline: {error}") from error
+        except Exception as error:  # diffusers and json raise many types on corrupt files
+            raise MixheadError(f"{folder} is no folder of a pipeline ({first_line(error)}).") from error
     inside = folder / "vae"
     decoder = load_vae(Path(vae)) if vae is not None else load_vae(inside) if inside.is_dir() else None
     return MoHDiTPipeline(MoHDiTTransformer2DModel.from_dit(dit), scheduler, decoder, labels)
