@@ -1,13 +1,14 @@
 """Aggregated attention: every implementation computes what the unfolded form computes, output and gradients."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mixhead import Routing
 from mixhead.errors import MixheadError
-from mixhead.ops import AGGREGATED_IMPLEMENTATIONS, Engine, RelativeBias, cpu, explain_aggregated
+from mixhead.ops import AGGREGATED_IMPLEMENTATIONS, RelativeBias, cpu, explain_aggregated
 from mixhead.ops import aggregated_attention as operator
 from mixhead.ops.aggregated.cpu import MAX_HEAD_DIM
 
@@ -240,7 +241,8 @@ def test_the_kernel_is_a_proper_operator():
 def test_the_kernel_takes_what_auto_gives_it(monkeypatch):
     """Single precision goes to the kernel; what it has no instructions or room for goes to portable PyTorch."""
     calls = []
-    monkeypatch.setitem(AGGREGATED_IMPLEMENTATIONS, "cpu", Engine("cpu", lambda a: calls.append(a) or a.v_BHND))
+    counted = replace(AGGREGATED_IMPLEMENTATIONS["cpu"], run=lambda a: calls.append(a) or a.v_BHND)
+    monkeypatch.setitem(AGGREGATED_IMPLEMENTATIONS, "cpu", counted)
     aggregated_attention(**inputs(), routing=None, size=(7, 9))
     assert len(calls) == 1
     for arguments in (inputs(dtype=torch.float64), inputs(dim=65), inputs(window=9)):

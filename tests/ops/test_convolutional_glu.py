@@ -1,12 +1,13 @@
 """The convolutional GLU: the kernel computes what plain PyTorch computes, output and gradients."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mixhead.errors import MixheadError
-from mixhead.ops import GLU_IMPLEMENTATIONS, Engine, convolutional_glu, cpu, explain_glu
+from mixhead.ops import GLU_IMPLEMENTATIONS, convolutional_glu, cpu, explain_glu
 
 BUILT, WHY_NOT = cpu.available("convolutional_glu")
 needs_kernel = pytest.mark.skipif(not BUILT, reason=WHY_NOT)
@@ -121,7 +122,8 @@ def test_layouts():
 @needs_kernel
 def test_the_kernel_takes_what_auto_gives_it(monkeypatch):
     calls = []
-    monkeypatch.setitem(GLU_IMPLEMENTATIONS, "cpu", Engine("cpu", lambda *a: calls.append(a) or a[0]))
+    counted = replace(GLU_IMPLEMENTATIONS["cpu"], run=lambda *a: calls.append(a) or a[0])
+    monkeypatch.setitem(GLU_IMPLEMENTATIONS, "cpu", counted)
     convolutional_glu(*(tensor.float() for tensor in inputs()), size=(5, 6))
     assert len(calls) == 1
     convolutional_glu(*inputs(), size=(5, 6))  # in double precision

@@ -3,8 +3,8 @@
 from mixhead.ops.aggregated import AGGREGATED_IMPLEMENTATIONS, RelativeBias, aggregated_attention, explain_aggregated
 from mixhead.ops.attention import IMPLEMENTATIONS, explain, head_attention
 from mixhead.ops.choice import Choice
-from mixhead.ops.convolutional_glu import GLU_IMPLEMENTATIONS, convolutional_glu, explain_glu
 from mixhead.ops.engine import Engine
+from mixhead.ops.glu import GLU_IMPLEMENTATIONS, convolutional_glu, explain_glu
 from mixhead.ops.projections import (
     PROJECTIONS,
     explain_projection,

@@ -12,8 +12,9 @@ from mixhead.ops import RelativeBias
 from mixhead.ops.aggregated import reference as aggregated_reference
 from mixhead.ops.aggregated.arguments import AggregatedArguments
 from mixhead.ops.attention import reference
-from mixhead.ops.convolutional_glu import reference as glu_reference
-from mixhead.ops.projections import reference_from_heads, reference_to_heads
+from mixhead.ops.glu.reference import glu as glu_reference
+from mixhead.ops.projections.reference import from_heads as reference_from_heads
+from mixhead.ops.projections.reference import to_heads as reference_to_heads
 from mixhead.routing import LinearRouter, Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.bool, torch.int64)  # by number, as in pytorch.h

@@ -9,16 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixhead.ops.aggregated import cpu, portable, reference
 from mixhead.ops.aggregated.arguments import AggregatedArguments, RelativeBias
+from mixhead.ops.aggregated.engines import AGGREGATED_IMPLEMENTATIONS
 from mixhead.ops.choice import Choice
 from mixhead.ops.crossover.rulings import What, ruling, share_of
-from mixhead.ops.engine import Engine, asked_for, table
+from mixhead.ops.engine import asked_for
 from mixhead.routing import Routing
-
-AGGREGATED_IMPLEMENTATIONS = table(
-    Engine("reference", reference.attend), Engine("portable", portable.attend), Engine("cpu", cpu.attend, cpu.refusal)
-)
 
 
 def aggregated_attention(
@@ -94,7 +90,7 @@ def explain_aggregated(q_BHND: Tensor, k_BHTD: Tensor, window: int, routing: Rou
         window: side of the local window.
         routing: which heads are selected; None for all of them.
     """
-    why = cpu.refusal(q_BHND, k_BHTD, window)
+    why = AGGREGATED_IMPLEMENTATIONS["cpu"].refusal(q_BHND, k_BHTD, window)
     if why is None:
         what = What(q_BHND.dtype, torch.is_grad_enabled() and q_BHND.requires_grad)
         limit, why = ruling("aggregated attention", "cpu", what, q_BHND.shape[3], q_BHND.shape[2])

@@ -12,14 +12,14 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from mixhead.ops.aggregated.api import AGGREGATED_IMPLEMENTATIONS
 from mixhead.ops.aggregated.arguments import AggregatedArguments, RelativeBias
-from mixhead.ops.convolutional_glu import GLU_IMPLEMENTATIONS
+from mixhead.ops.aggregated.engines import AGGREGATED_IMPLEMENTATIONS
 from mixhead.ops.crossover.attention import DTYPES, Sizes, pairs
 from mixhead.ops.crossover.inputs import gated_routing, normal
 from mixhead.ops.crossover.projections import calls
 from mixhead.ops.crossover.race import Call, Race
 from mixhead.ops.crossover.table import kind_of
+from mixhead.ops.glu.engines import GLU_IMPLEMENTATIONS
 
 AGGREGATED, GLU = "aggregated attention", "glu"
 HEADS, WINDOW, POOLED = 4, 3, 49

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixhead.ops import slot_projections
 from mixhead.ops.cpu import projections as cpu
 from mixhead.ops.crossover.attention import DTYPES, Sizes, pairs
 from mixhead.ops.crossover.inputs import gated_routing, normal, with_gradient, without_gradient
 from mixhead.ops.crossover.race import Call, Race
 from mixhead.ops.crossover.table import kind_of
-from mixhead.ops.projections import PROJECTIONS, weight_by_head
+from mixhead.ops.projections.engine import weight_by_head
+from mixhead.ops.projections.engines import PROJECTIONS
+from mixhead.ops.slot_projections.engines import SLOT_PROJECTIONS
 
 HEADS, SLOTS = "projection", "slot projection"
 HIDDEN_SIZE = 256
@@ -81,7 +82,7 @@ def slots_of(
 
     def by(name: str) -> Tensor:
         hidden_BNC, weight_EDC, weight_out_EDC = leaves
-        to_slots, from_slots = slot_projections.SLOT_PROJECTIONS[name].run
+        to_slots, from_slots = SLOT_PROJECTIONS[name].run
         return from_slots(to_slots(hidden_BNC, weight_EDC, expert_BNS), weight_out_EDC, expert_BNS, None)
 
     yield calls(lambda: by(engine), lambda: by("dense"), leaves, gradient)

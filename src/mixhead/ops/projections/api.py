@@ -9,31 +9,18 @@ select one head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixhead.errors import MixheadError
 from mixhead.ops.autocast import autocast_together
 from mixhead.ops.choice import Choice
-from mixhead.ops.cpu import projections as cpu_projections
 from mixhead.ops.crossover.rulings import What, ruling, share_selected
-from mixhead.ops.engine import Engine, Run, asked_for, table
-
-
-class Projections(NamedTuple):
-    """The two projections of one engine, where what is not selected is 0.
-
-    Attributes:
-        to_heads: (hidden_BNC, weight_HDC, bias_HD, selected_BNH) to [B, H, N, D].
-        from_heads: (out_BHND, weight_HDC, bias_C, selected_BNH, gates_BNH) to [B, N, C].
-    """
-
-    to_heads: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
-    from_heads: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor | None], Tensor]
+from mixhead.ops.engine import Engine, Run, asked_for
+from mixhead.ops.projections.engine import Projections
+from mixhead.ops.projections.engines import PROJECTIONS
 
 
 def project_to_heads(
@@ -100,11 +87,6 @@ def project_from_heads(
         raise MixheadError(f"gates_BNH must be {list(selected_BNH.shape)}, got {list(gates_BNH.shape)}.")
     run = pick(impl, out_BHND, weight_HDC, selected_BNH)
     return run.from_heads(out_BHND, weight_HDC, bias_C, selected_BNH, gates_BNH)
-
-
-def weight_by_head(weight_CX: Tensor, num_heads: int) -> Tensor:
-    """The weight [C, H D] of an output projection as the weights of its heads, a view [H, D, C]."""
-    return weight_CX.unflatten(1, (num_heads, -1)).permute(1, 2, 0)
 
 
 ENGINES = ("cpu", "gathered")  # in the order of preference
@@ -182,91 +164,3 @@ def check(name: str, tensor: Tensor | None, shape: tuple[int, ...], weight_HDC: 
         raise MixheadError(f"{name} must be {list(shape)}, got {list(tensor.shape)}.")
     if tensor.dtype != weight_HDC.dtype:
         raise MixheadError(f"{name} is {tensor.dtype}, but the weight is {weight_HDC.dtype}: they must have one dtype.")
-
-
-# The reference: the masked mathematics, one line a step.
-
-
-def reference_to_heads(hidden_BNC: Tensor, weight_HDC: Tensor, bias_HD: Tensor | None, selected_BNH: Tensor) -> Tensor:
-    """All queries by einsum, those that are not selected replaced by 0."""
-    q_BHND = torch.einsum("bnc,hdc->bhnd", hidden_BNC, weight_HDC)
-    if bias_HD is not None:
-        q_BHND = q_BHND + bias_HD[:, None]
-    return torch.where(by_head(selected_BNH), q_BHND, 0.0)
-
-
-def reference_from_heads(
-    out_BHND: Tensor, weight_HDC: Tensor, bias_C: Tensor | None, selected_BNH: Tensor, gates_BNH: Tensor | None
-) -> Tensor:
-    """The sum over all heads by einsum, those that are not selected replaced by 0."""
-    gated_BHND = out_BHND if gates_BNH is None else out_BHND * by_head(gates_BNH).to(out_BHND.dtype)
-    y_BNC = torch.einsum("bhnd,hdc->bnc", torch.where(by_head(selected_BNH), gated_BHND, 0.0), weight_HDC)
-    return y_BNC if bias_C is None else y_BNC + bias_C
-
-
-def by_head(x_BNH: Tensor) -> Tensor:
-    """[B, N, H] as [B, H, N, 1], beside the rows of the heads."""
-    return x_BNH.transpose(1, 2).unsqueeze(-1)
-
-
-# Dense: one product over all heads, what sparsity has to beat.
-
-
-def dense_to_heads(hidden_BNC: Tensor, weight_HDC: Tensor, bias_HD: Tensor | None, selected_BNH: Tensor) -> Tensor:
-    """`F.linear` to all heads, then 0 where a head is not selected."""
-    bias_X = None if bias_HD is None else bias_HD.flatten()
-    q_BNX = F.linear(hidden_BNC, weight_HDC.flatten(0, 1), bias_X)
-    q_BNHD = q_BNX.unflatten(-1, weight_HDC.shape[:2])
-    return torch.where(selected_BNH.unsqueeze(-1), q_BNHD, 0.0).transpose(1, 2)
-
-
-def dense_from_heads(
-    out_BHND: Tensor, weight_HDC: Tensor, bias_C: Tensor | None, selected_BNH: Tensor, gates_BNH: Tensor | None
-) -> Tensor:
-    """0 where a head is not selected, then `F.linear` from all heads."""
-    out_BNHD = out_BHND.transpose(1, 2)
-    gated_BNHD = out_BNHD if gates_BNH is None else out_BNHD * gates_BNH.unsqueeze(-1).to(out_BHND.dtype)
-    kept_BNHD = torch.where(selected_BNH.unsqueeze(-1), gated_BNHD, 0.0)
-    return F.linear(kept_BNHD.flatten(2), weight_HDC.permute(2, 0, 1).flatten(1), bias_C)
-
-
-# Gathered: a loop over the heads, portable PyTorch with any derivative.
-
-
-def gathered_to_heads(hidden_BNC: Tensor, weight_HDC: Tensor, bias_HD: Tensor | None, selected_BNH: Tensor) -> Tensor:
-    """One product for the rows of each head."""
-    batch, tokens, _ = selected_BNH.shape
-    hidden_RC, selected_HR = hidden_BNC.flatten(0, 1), selected_BNH.flatten(0, 1).T
-    q_HRD = []
-    for head, weight_DC in enumerate(weight_HDC.unbind()):
-        row_M = selected_HR[head].nonzero().squeeze(1)
-        x_MC = hidden_RC.index_select(0, row_M)
-        q_MD = F.linear(x_MC, weight_DC, None if bias_HD is None else bias_HD[head])
-        q_HRD.append(q_MD.new_zeros(batch * tokens, q_MD.shape[1]).index_copy(0, row_M, q_MD))
-    return torch.stack(q_HRD, 1).unflatten(0, (batch, tokens)).transpose(1, 2)
-
-
-def gathered_from_heads(
-    out_BHND: Tensor, weight_HDC: Tensor, bias_C: Tensor | None, selected_BNH: Tensor, gates_BNH: Tensor | None
-) -> Tensor:
-    """One product for the rows of each head, added to the rows of the result."""
-    batch, tokens, _ = selected_BNH.shape
-    out_HRD, selected_HR = out_BHND.transpose(0, 1).flatten(1, 2), selected_BNH.flatten(0, 1).T
-    y_RC = out_BHND.new_zeros(batch * tokens, weight_HDC.shape[2])
-    for head, weight_DC in enumerate(weight_HDC.unbind()):
-        row_M = selected_HR[head].nonzero().squeeze(1)
-        out_MD = out_HRD[head].index_select(0, row_M)
-        if gates_BNH is not None:
-            gate_M = gates_BNH.flatten(0, 1)[:, head].index_select(0, row_M)
-            out_MD = out_MD * gate_M.unsqueeze(1).to(out_MD.dtype)
-        y_RC.index_add_(0, row_M, out_MD @ weight_DC)
-    y_BNC = y_RC.unflatten(0, (batch, tokens))
-    return y_BNC if bias_C is None else y_BNC + bias_C
-
-
-PROJECTIONS = table(
-    Engine("reference", Projections(reference_to_heads, reference_from_heads)),
-    Engine("dense", Projections(dense_to_heads, dense_from_heads)),
-    Engine("gathered", Projections(gathered_to_heads, gathered_from_heads)),
-    Engine("cpu", Projections(cpu_projections.to_heads, cpu_projections.from_heads), cpu_projections.refusal),
-)

@@ -10,11 +10,7 @@ M rows that chose one expert. An expert index of E means that a slot is empty, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixhead.errors import MixheadError
@@ -22,20 +18,9 @@ from mixhead.ops.autocast import autocast_together
 from mixhead.ops.choice import Choice
 from mixhead.ops.cpu import projections as cpu_projections
 from mixhead.ops.crossover.rulings import What, ruling
-from mixhead.ops.engine import Engine, table
-from mixhead.ops.projections import ENGINES, check, dtype_of_products, of_engine
-
-
-class SlotProjections(NamedTuple):
-    """The two projections of one engine, where an empty slot is 0.
-
-    Attributes:
-        to_slots: (hidden_BNC, weight_EDC, expert_BNS) to [B, N, S, D].
-        from_slots: (out_BNSD, weight_EDC, expert_BNS, gates_BNS) to [B, N, C].
-    """
-
-    to_slots: Callable[[Tensor, Tensor, Tensor], Tensor]
-    from_slots: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+from mixhead.ops.projections.api import ENGINES, check, dtype_of_products, of_engine
+from mixhead.ops.slot_projections.engine import SlotProjections
+from mixhead.ops.slot_projections.engines import SLOT_PROJECTIONS
 
 
 def project_to_slots(hidden_BNC: Tensor, weight_EDC: Tensor, expert_BNS: Tensor, *, impl: str = "auto") -> Tensor:
@@ -140,85 +125,3 @@ def check_experts(weight_EDC: Tensor, expert_BNS: Tensor) -> None:
         )
     if expert_BNS.dtype != torch.int64:
         raise MixheadError(f"expert_BNS must be torch.int64, got {expert_BNS.dtype}.")
-
-
-# The reference: the masked mathematics, one line a step.
-
-
-def reference_to_slots(hidden_BNC: Tensor, weight_EDC: Tensor, expert_BNS: Tensor) -> Tensor:
-    """Every expert on every token, then those that stand in the slots."""
-    return torch.einsum("bnc,edc,bnse->bnsd", hidden_BNC, weight_EDC, chosen_BNSE(expert_BNS, weight_EDC))
-
-
-def reference_from_slots(out_BNSD: Tensor, weight_EDC: Tensor, expert_BNS: Tensor, gates_BNS: Tensor | None) -> Tensor:
-    """Every expert on every slot, those that do not stand in it times 0."""
-    chosen = chosen_BNSE(expert_BNS, weight_EDC)
-    if gates_BNS is not None:
-        chosen = chosen * gates_BNS.to(chosen.dtype).unsqueeze(-1)
-    filled_BNS1 = (expert_BNS < len(weight_EDC)).unsqueeze(-1)
-    return torch.einsum("bnsd,bnse,edc->bnc", torch.where(filled_BNS1, out_BNSD, 0.0), chosen, weight_EDC)
-
-
-def chosen_BNSE(expert_BNS: Tensor, weight_EDC: Tensor) -> Tensor:
-    """1 at the expert of each slot, in the dtype of the weights."""
-    return F.one_hot(expert_BNS, len(weight_EDC) + 1)[..., :-1].to(weight_EDC.dtype)
-
-
-# Dense: one product over all experts, what sparsity has to beat.
-
-
-def dense_to_slots(hidden_BNC: Tensor, weight_EDC: Tensor, expert_BNS: Tensor) -> Tensor:
-    """`F.linear` to all experts, then those that stand in the slots."""
-    experts, width, _ = weight_EDC.shape
-    all_BNED = F.linear(hidden_BNC, weight_EDC.flatten(0, 1)).unflatten(-1, (experts, width))
-    index_BNSD = expert_BNS.clamp(max=experts - 1).unsqueeze(-1).expand(-1, -1, -1, width)
-    return torch.where((expert_BNS < experts).unsqueeze(-1), all_BNED.gather(2, index_BNSD), 0.0)
-
-
-def dense_from_slots(out_BNSD: Tensor, weight_EDC: Tensor, expert_BNS: Tensor, gates_BNS: Tensor | None) -> Tensor:
-    """The slots at the places of their experts among zeros, then `F.linear` from all experts."""
-    experts, width, _ = weight_EDC.shape
-    if gates_BNS is not None:
-        out_BNSD = out_BNSD * gates_BNS.to(out_BNSD.dtype).unsqueeze(-1)
-    filled_BNS1 = (expert_BNS < experts).unsqueeze(-1)
-    index_BNSD = expert_BNS.clamp(max=experts - 1).unsqueeze(-1).expand(-1, -1, -1, width)
-    zeros_BNED = out_BNSD.new_zeros(*expert_BNS.shape[:2], experts, width)
-    all_BNED = zeros_BNED.scatter_add(2, index_BNSD, torch.where(filled_BNS1, out_BNSD, 0.0))
-    return F.linear(all_BNED.flatten(2), weight_EDC.permute(2, 0, 1).flatten(1))
-
-
-# Gathered: a loop over the experts, portable PyTorch with any derivative.
-
-
-def gathered_to_slots(hidden_BNC: Tensor, weight_EDC: Tensor, expert_BNS: Tensor) -> Tensor:
-    """One product for the rows of each expert."""
-    slots, width = expert_BNS.shape[2], weight_EDC.shape[1]
-    hidden_RC, expert_J = hidden_BNC.flatten(0, 1), expert_BNS.flatten()
-    places, results = [], []
-    for expert, weight_DC in enumerate(weight_EDC.unbind()):
-        place_M = (expert_J == expert).nonzero().squeeze(1)
-        places.append(place_M)
-        results.append(F.linear(hidden_RC.index_select(0, place_M // slots), weight_DC))
-    empty_JD = hidden_BNC.new_zeros(expert_J.shape[0], width)
-    return empty_JD.index_copy(0, torch.cat(places), torch.cat(results)).view(*expert_BNS.shape, width)
-
-
-def gathered_from_slots(out_BNSD: Tensor, weight_EDC: Tensor, expert_BNS: Tensor, gates_BNS: Tensor | None) -> Tensor:
-    """One product for the rows of each expert, added to the rows of the result."""
-    batch, tokens, slots = expert_BNS.shape
-    if gates_BNS is not None:
-        out_BNSD = out_BNSD * gates_BNS.to(out_BNSD.dtype).unsqueeze(-1)
-    out_JD, expert_J = out_BNSD.flatten(0, 2), expert_BNS.flatten()
-    y_RC = out_BNSD.new_zeros(batch * tokens, weight_EDC.shape[2])
-    for expert, weight_DC in enumerate(weight_EDC.unbind()):
-        place_M = (expert_J == expert).nonzero().squeeze(1)
-        y_RC = y_RC.index_add(0, place_M // slots, out_JD.index_select(0, place_M) @ weight_DC)
-    return y_RC.unflatten(0, (batch, tokens))
-
-
-SLOT_PROJECTIONS = table(
-    Engine("reference", SlotProjections(reference_to_slots, reference_from_slots)),
-    Engine("dense", SlotProjections(dense_to_slots, dense_from_slots)),
-    Engine("gathered", SlotProjections(gathered_to_slots, gathered_from_slots)),
-    Engine("cpu", SlotProjections(cpu_projections.to_slots, cpu_projections.from_slots), cpu_projections.refusal),
-)

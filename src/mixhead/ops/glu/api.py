@@ -6,14 +6,13 @@ Shape legend: B batch, N = Y * X tokens of a map, M channels, K = 2 M channels o
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixhead.errors import MixheadError
 from mixhead.ops.choice import Choice
-from mixhead.ops.cpu import convolutional_glu as cpu
 from mixhead.ops.crossover.rulings import What, ruling
-from mixhead.ops.engine import Engine, asked_for, table
+from mixhead.ops.engine import asked_for
+from mixhead.ops.glu.engines import GLU_IMPLEMENTATIONS
 
 
 def convolutional_glu(
@@ -52,7 +51,7 @@ def convolutional_glu(
 
 def explain_glu(hidden_BNK: Tensor) -> Choice:
     """Which implementation `impl="auto"` takes for these hidden states, and why."""
-    why = cpu.refusal(hidden_BNK)
+    why = GLU_IMPLEMENTATIONS["cpu"].refusal(hidden_BNK)
     if why is None:
         what = What(hidden_BNK.dtype, torch.is_grad_enabled() and hidden_BNK.requires_grad)
         limit, why = ruling("glu", "cpu", what, hidden_BNK.shape[2] // 2, hidden_BNK.shape[1])
@@ -80,17 +79,3 @@ def check(hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: T
                 f"{name} must be {list(shape)} for {channels} channels and a map of {rows} x {columns}, got "
                 f"{list(tensor.shape)}."
             )
-
-
-def reference(
-    hidden_BNK: Tensor, bias_K: Tensor, weight_M33: Tensor, conv_bias_M: Tensor, size: tuple[int, int]
-) -> Tensor:
-    """The mathematics in portable PyTorch, in the dtype of the hidden states."""
-    bias_K, weight_M33, conv_bias_M = (t.to(hidden_BNK.dtype) for t in (bias_K, weight_M33, conv_bias_M))
-    gate_BNM, value_BNM = (hidden_BNK + bias_K).chunk(2, dim=-1)
-    gate_BMYX = gate_BNM.transpose(1, 2).unflatten(2, size)
-    gate_BMYX = F.conv2d(gate_BMYX, weight_M33.unsqueeze(1), conv_bias_M, padding=1, groups=weight_M33.shape[0])
-    return F.gelu(gate_BMYX).flatten(2).transpose(1, 2) * value_BNM
-
-
-GLU_IMPLEMENTATIONS = table(Engine("reference", reference), Engine("cpu", cpu.glu, cpu.refusal))

@@ -1,0 +1,15 @@
+"""All engines of the projections. A new one is a file with an `ENGINE` and a line here; it refuses by its rows."""
+
+from __future__ import annotations
+
+from mixhead.ops.cpu import projections as kernel
+from mixhead.ops.engine import Engine, table
+from mixhead.ops.projections import dense, gathered, reference
+from mixhead.ops.projections.engine import Projections
+
+PROJECTIONS = table(
+    reference.ENGINE,
+    dense.ENGINE,
+    gathered.ENGINE,
+    Engine("cpu", Projections(kernel.to_heads, kernel.from_heads), kernel.refusal),
+)
