@@ -14,7 +14,7 @@ from mixhead import CalibrationConfig, MixheadError, MoHConfig
 from mixhead.convert.budget import share_out
 from mixhead.convert.calibration import Calibration
 from mixhead.convert.statistics import LossSums, ScoreSums, Statistics
-from mixhead.convert.subject import ConvertedModel
+from mixhead.convert.target import ConvertedModel
 from mixhead.models.hugging_face import find_sites
 from mixhead.routing import LayerHeads, top_k_mask
 

@@ -10,7 +10,7 @@ import mixhead
 from mixhead import CalibrationConfig, MoHConfig
 from mixhead.convert.refit import OutputSums
 from mixhead.convert.statistics import Statistics
-from mixhead.convert.subject import ConvertedModel
+from mixhead.convert.target import ConvertedModel
 from mixhead.models.hugging_face import find_sites
 from mixhead.modes import evaluation_mode
 

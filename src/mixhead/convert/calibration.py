@@ -23,7 +23,7 @@ from mixhead.convert.batches import Batch, checked_batches
 from mixhead.convert.budget import share_out
 from mixhead.convert.refit import OutputSums
 from mixhead.convert.statistics import LayerFit, LossSums, Means, ScoreSums, Statistics
-from mixhead.convert.subject import Subject, marked_calibrated, subject_of
+from mixhead.convert.target import CalibrationTarget, marked_calibrated, target_of
 from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import AttentionSite
 from mixhead.modes import autocast_to, evaluation_mode
@@ -159,10 +159,10 @@ def calibrate(
         MixheadError: where the model has no linear routers, or batches are missing, do not fit it, or give NaN.
     """
     config = CalibrationConfig() if config is None else config
-    subject = subject_of(model)
+    target = target_of(model)
     kept = checked_batches(model, batches)
-    with marked_calibrated(subject):
-        return Calibration(subject, kept, config, on_progress).run()
+    with marked_calibrated(target):
+        return Calibration(target, kept, config, on_progress).run()
 
 
 class Calibration:
@@ -170,14 +170,14 @@ class Calibration:
 
     def __init__(
         self,
-        subject: Subject,
+        target: CalibrationTarget,
         batches: list[dict[str, Any]],
         config: CalibrationConfig,
         on_progress: OnProgress | None,
     ) -> None:
-        self.subject, self.config = subject, config
+        self.target, self.config = target, config
         self.batches = batches
-        self.model, self.sites, self.heads, self.groups = subject.model, subject.sites, subject.heads, subject.groups
+        self.model, self.sites, self.heads, self.groups = target.model, target.sites, target.heads, target.groups
         self.pilots = self.batches[: config.pilot_batches]
         self.probe_batch = first_samples(self.batches[-1], config.probe_sequences)
         skips = not all(heads.is_dense for heads in self.heads)
@@ -312,10 +312,10 @@ class Calibration:
     def install(self, layers: Sequence[LayerHeads], fits: dict[str, LayerFit], shared: dict[str, Tensor]) -> None:
         """Writes what was fitted into the model."""
         for index, (site, heads) in enumerate(zip(self.sites, layers, strict=True)):
-            self.subject.set_heads(index, heads)
+            self.target.set_heads(index, heads)
             if heads.is_dense:
                 continue
-            fit, parts = fits[site.name], self.subject.routing_of(site)
+            fit, parts = fits[site.name], self.target.routing_of(site)
             with torch.no_grad():
                 parts.router.score_proj.weight.copy_(fit.weight_HC)
                 parts.router.score_proj.bias.copy_(fit.bias_H)
@@ -331,7 +331,7 @@ class Calibration:
                 "are.",
                 len(self.routed_sites()) - len(sites),
             )
-        sums = OutputSums({site: self.subject.routing_of(site) for site in sites})
+        sums = OutputSums({site: self.target.routing_of(site) for site in sites})
         self.observe(self.batches, sums)
         return {site.name: sums.refit(site, self.config.output_ridge) for site in sites}
 
@@ -342,12 +342,12 @@ class Calibration:
     def observe(self, batches: Sequence[Mapping[str, Any]], statistics: Statistics) -> None:
         """Runs the model on batches, densely, and shows what its attention computes."""
         for batch in batches:
-            self.subject.observe(self.on_device(batch), statistics)
+            self.target.observe(self.on_device(batch), statistics)
             self.step()
 
     def run_model(self, batch: Mapping[str, Any], routed: str | None) -> Any:
         """What the model says where that layer alone routes, or none."""
-        output = self.subject.run(self.on_device(batch), routed)
+        output = self.target.run(self.on_device(batch), routed)
         self.step()
         return output
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mixhead.convert.statistics import Statistics, add_to
-from mixhead.convert.subject import RoutingParts
+from mixhead.convert.target import RoutingParts
 from mixhead.models.hugging_face import AttentionSite
 
 

@@ -1,7 +1,7 @@
 """What calibration measures while a model runs: streamed sums, so that memory does not grow with the tokens.
 
 Every class here is shown the input and all heads of the attention modules while the model runs with all heads
-(`Subject.observe`), and keeps sums only.
+(`CalibrationTarget.observe`), and keeps sums only.
 
 Shape legend: X real tokens of one call, C hidden size, H heads, D head dim.
 """

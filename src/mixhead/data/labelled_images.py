@@ -204,8 +204,8 @@ def check_classes(wanted: Iterable[str], images: LabelledImages) -> None:
 
 def quoted(names: list[str]) -> str:
     """A few names of classes, for a message."""
-    some = ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"class {some} is" if len(names) == 1 else f"classes {some} are"
+    listing = ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"class {listing} is" if len(names) == 1 else f"classes {listing} are"
 
 
 # Folders of classes

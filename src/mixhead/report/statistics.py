@@ -244,11 +244,11 @@ def in_words(loads: Mapping[str, Load], shared: Mapping[str, Sequence[int]]) -> 
             evenness[layer] = relative_entropy(load.share_H[~fixed])
     sentences = []
     if dead:
-        sentences.append(f"Dead: {listed(dead)} {were(dead)} used by hardly any token (under 0.1%).")
+        sentences.append(f"Dead: {listed(dead)} {was_or_were(dead)} used by hardly any token (under 0.1%).")
     if saturated:
         sentences.append(
-            f"Saturated: {listed(saturated)} {were(saturated)} used by practically every token (over 99.9%), though "
-            f"{'they compete' if len(saturated) > 1 else 'it competes'} with the others."
+            f"Saturated: {listed(saturated)} {was_or_were(saturated)} used by practically every token (over 99.9%), "
+            f"though {'they compete' if len(saturated) > 1 else 'it competes'} with the others."
         )
     tokens = max((load.tokens for load in loads.values()), default=0)
     if (dead or saturated) and tokens < 1 / NEVER:
@@ -279,6 +279,6 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def were(names: Sequence[str]) -> str:
+def was_or_were(names: Sequence[str]) -> str:
     """Was or were."""
     return "were" if len(names) > 1 else "was"

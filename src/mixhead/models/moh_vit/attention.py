@@ -180,9 +180,9 @@ class GlobalAttention(CosineAttention):
         return self.join_heads(heads_BHND), routing
 
 
-def same_tensors(some: list[Tensor], others: list[Tensor]) -> bool:
+def same_tensors(first: list[Tensor], others: list[Tensor]) -> bool:
     """Whether two lists hold the same numbers, in the same dtypes and on the same devices."""
-    return all(a.dtype == b.dtype and a.device == b.device and a.equal(b) for a, b in zip(some, others, strict=True))
+    return all(a.dtype == b.dtype and a.device == b.device and a.equal(b) for a, b in zip(first, others, strict=True))
 
 
 def all_heads(v_BHND: Tensor) -> Routing:

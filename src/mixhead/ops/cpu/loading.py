@@ -67,11 +67,11 @@ def load(name: str) -> Outcome:
     with _lock:
         if name not in _outcomes:
             failed = next((outcome for outcome in _outcomes.values() if not outcome.built), None)
-            _outcomes[name] = failed or attempt(name)
+            _outcomes[name] = failed or load_now(name)
         return _outcomes[name]
 
 
-def attempt(name: str) -> Outcome:
+def load_now(name: str) -> Outcome:
     """Loads a library, or logs why not."""
     level = best_level()
     try:

@@ -36,7 +36,7 @@ class RoutingParts(NamedTuple):
     skipped_HD: Tensor
 
 
-class Subject(ABC):
+class CalibrationTarget(ABC):
     """A converted model.
 
     Attributes:
@@ -72,7 +72,7 @@ class Subject(ABC):
         """The model's output where that layer alone routes, or none."""
 
 
-class ConvertedModel(Subject):
+class ConvertedModel(CalibrationTarget):
     """A model of transformers."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -82,19 +82,19 @@ class ConvertedModel(Subject):
         self.groups = [site.num_key_value_heads if balanced else 1 for site in self.sites]
 
     def mark_calibrated(self, calibrated: bool) -> None:
-        """See `Subject`."""
+        """See `CalibrationTarget`."""
         cast(PreTrainedModel, self.model).config.moh[CALIBRATED] = calibrated
 
     def set_heads(self, index: int, heads: LayerHeads) -> None:
-        """See `Subject`."""
+        """See `CalibrationTarget`."""
         set_layer_heads(cast(PreTrainedModel, self.model), self.sites[index], index, heads)
 
     def routing_of(self, site: AttentionSite) -> RoutingParts:
-        """See `Subject`."""
+        """See `CalibrationTarget`."""
         return RoutingParts(site.module.moh_router, cast(Tensor, site.module.moh_skipped))
 
     def observe(self, batch: Mapping[str, Any], observer: Observer) -> None:
-        """See `Subject`."""
+        """See `CalibrationTarget`."""
 
         def show(
             module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None,
@@ -107,12 +107,12 @@ class ConvertedModel(Subject):
         self.model(**batch, stand_in=show)
 
     def run(self, batch: Mapping[str, Any], routed: str | None) -> Any:
-        """See `Subject`."""
+        """See `CalibrationTarget`."""
         with only_routes(self.sites, "moh_router", routed):
             return self.model(**batch)
 
 
-class ConvertedDiT(Subject):
+class ConvertedDiT(CalibrationTarget):
     """A diffusion transformer."""
 
     def __init__(self, model: MoHDiT) -> None:
@@ -120,16 +120,16 @@ class ConvertedDiT(Subject):
         self.groups = [1] * len(self.heads)
 
     def mark_calibrated(self, calibrated: bool) -> None:
-        """See `Subject`."""
+        """See `CalibrationTarget`."""
         model = cast(MoHDiT, self.model)
         model.config = replace(model.config, calibrated=calibrated)
 
     def set_heads(self, index: int, heads: LayerHeads) -> None:
-        """See `Subject`."""
+        """See `CalibrationTarget`."""
         set_dit_layer_heads(cast(MoHDiT, self.model), index, heads)
 
     def routing_of(self, site: AttentionSite) -> RoutingParts:
-        """See `Subject`."""
+        """See `CalibrationTarget`."""
         return RoutingParts(site.module.router, cast(Tensor, site.module.skipped_HD))
 
     def observe(self, batch: Mapping[str, Any], observer: Observer) -> None:
@@ -140,19 +140,19 @@ class ConvertedDiT(Subject):
             self.model(**batch)
 
     def run(self, batch: Mapping[str, Any], routed: str | None) -> Any:
-        """See `Subject`."""
+        """See `CalibrationTarget`."""
         with only_routes(self.sites, "router", routed):
             return self.model(**batch)
 
 
 @contextmanager
-def marked_calibrated(subject: Subject) -> Iterator[None]:
+def marked_calibrated(target: CalibrationTarget) -> Iterator[None]:
     """The model counts as calibrated, meanwhile too; after an error it does not."""
-    subject.mark_calibrated(True)
+    target.mark_calibrated(True)
     try:
         yield
     except BaseException:
-        subject.mark_calibrated(False)
+        target.mark_calibrated(False)
         raise
 
 
@@ -187,7 +187,7 @@ def shown_heads(site: AttentionSite, observer: Observer) -> Iterator[None]:
         yield
 
 
-def subject_of(model: nn.Module) -> Subject:
+def target_of(model: nn.Module) -> CalibrationTarget:
     """The model as calibration sees it; raises where it has no linear routers, or is split among processes."""
     refuse_sharded(model, "Calibrate")
     if isinstance(model, MoHDiT) and model.config.router == "linear" and model.config.shared_heads is not None:
