@@ -5,6 +5,8 @@ In any other case only the layer knows how it computes, and is called.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,9 +33,14 @@ def place_of(layer: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dt
     floating = next((w.dtype for w in weights if w.dtype in COMPUTES_IN), None)
     if floating is None:
         floating = next((w.dtype for w in model.parameters() if w.dtype in COMPUTES_IN), torch.float32)
-    for part in layer.modules():  # accelerate's hooks bring the weights of an offloaded layer while it runs
-        hook = getattr(part, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            if getattr(each, "execution_device", None) is not None:
-                return torch.device(each.execution_device), floating  # type: ignore[union-attr]
+    for part in layer.modules():
+        for hook in offloading_hooks(part):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device), floating
     return next((w.device for w in (*weights, *model.parameters())), torch.device("cpu")), floating
+
+
+def offloading_hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hooks of a module, which bring its own weights while it runs."""
+    hook = getattr(module, "_hf_hook", None)
+    return [each for each in getattr(hook, "hooks", (hook,)) if each is not None]

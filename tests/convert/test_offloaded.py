@@ -95,6 +95,37 @@ def test_an_offloaded_model_is_calibrated_and_writes(offload, tmp_path, caplog):
     assert "layers are quantised, adapted, offloaded or wrapped: they stay as they are" in caplog.text
 
 
+def test_routers_that_are_offloaded_cannot_be_calibrated():
+    model = on_cpu(mixhead.convert(ZOO["llama"].make(), MoHConfig(active=0.5)), None)
+    expected = answer(ZOO["llama"], model)
+    with pytest.raises(MixheadError, match="The routers of this model are offloaded"):
+        mixhead.calibrate(model, [tokens()])
+    assert same_bits(answer(ZOO["llama"], model), expected)
+
+
+def test_constants_cannot_be_put_beside_offloaded_weights():
+    config = t.ParakeetEncoderConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, num_mel_bins=16,
+        subsampling_conv_channels=8, dropout=0.0, layerdrop=0.0,
+    )  # fmt: skip
+    model, sound = on_cpu(t.ParakeetEncoder(config).eval(), None), torch.randn(1, 40, 16)
+    with torch.no_grad():
+        expected = model(sound).last_hidden_state
+        with pytest.raises(MixheadError, match=r"The weights of layers\.0\.self_attn itself are offloaded"):
+            mixhead.convert(model, MoHConfig(active=0.5))
+        assert same_bits(model(sound).last_hidden_state, expected)
+        mixhead.convert(model, MoHConfig(active=1.0))
+        assert same_bits(model(sound).last_hidden_state, expected)
+
+
+def test_a_forward_that_somebody_replaced_is_refused():
+    model = ZOO["llama"].make()
+    model.forward = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
+    with pytest.raises(MixheadError, match="The forward of this LlamaForCausalLM was replaced"):
+        mixhead.convert(model)
+    assert type(model) is t.LlamaForCausalLM and not hasattr(model.config, "moh")
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_converted_folder_is_loaded_offloaded(router, tmp_path):
     model = routed(ZOO["llama"].make(), router)

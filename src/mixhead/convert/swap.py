@@ -25,6 +25,7 @@ from mixhead.models.hugging_face import (
     change_class,
     detach_router,
     find_sites,
+    forward_attribute,
     moh_config_class,
 )
 from mixhead.models.jetmoe import is_in_slots, take_out_of_slots
@@ -74,6 +75,7 @@ def convert(model: Model, config: MoHConfig | None = None) -> Model:
             "heads that a token skips: set config.output_attentions to False first."
         )
     forget_unpacked(model)
+    forward_attribute(model)  # which refuses where there is another
     sites = find_sites(model)
     layers = config.resolve([site.num_heads for site in sites], [site.num_key_value_heads for site in sites])
     moh = {

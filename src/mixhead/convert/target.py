@@ -18,7 +18,7 @@ from mixhead.errors import MixheadError
 from mixhead.models.calibrated import CALIBRATED
 from mixhead.models.hugging_face import AttentionSite, MoHModelMixin, find_sites
 from mixhead.models.moh_dit import MoHDiT
-from mixhead.routing import LayerHeads
+from mixhead.routing import LayerHeads, Router
 
 
 class Observer(Protocol):
@@ -188,8 +188,14 @@ def shown_heads(site: AttentionSite, observer: Observer) -> Iterator[None]:
 
 
 def target_of(model: nn.Module) -> CalibrationTarget:
-    """The model as calibration sees it; raises where it has no linear routers, or is split among processes."""
+    """The model as calibration sees it; raises where it has no linear routers, or where they cannot be written."""
     refuse_sharded(model, "Calibrate")
+    if any(
+        weight.is_meta for router in model.modules() if isinstance(router, Router) for weight in router.parameters()
+    ):
+        raise MixheadError(
+            "The routers of this model are offloaded, and cannot be written there: calibrate it before it is offloaded."
+        )
     if isinstance(model, MoHDiT) and model.config.router == "linear" and model.config.shared_heads is not None:
         return ConvertedDiT(model)
     if not isinstance(model, MoHModelMixin) or model.config.moh["router"] != "linear":

@@ -208,29 +208,35 @@ def become_converted(model: PreTrainedModel) -> None:
     register_models(type(model.config))  # type: ignore[arg-type]
     change_class(model, moh_model_class(type(model)))  # type: ignore[arg-type]
     attach_routers(model)
+    for module in model.modules():
+        if "_gradient_checkpointing_func" in vars(module):  # it was enabled before
+            module._gradient_checkpointing_func = carrying_calls(module._gradient_checkpointing_func)
 
 
 def change_class(model: PreTrainedModel, new: type[PreTrainedModel]) -> None:
-    """Gives a model another class, also where accelerate's hooks have put the forward of the old one into the model.
-
-    Raises:
-        MixheadError: where something else stands there, which would go on calling the old one.
-    """
-    own, bound = vars(model), types.MethodType(new.forward, model)
-    if "forward" in own:
-        names = [name for name in ("_old_forward", "forward") if calls(own.get(name), type(model).forward)]
-        if not names:
-            raise MixheadError(
-                f"The forward of this {type(model).__name__} was replaced, as by Accelerator.prepare, and would not "
-                "know of its heads: convert the model first, and wrap it then."
-            )
-        own[names[0]] = bound
+    """Gives a model another class, also where accelerate's hooks have put the forward of the old one into the model."""
+    name = forward_attribute(model)
+    if name is not None:
+        vars(model)[name] = types.MethodType(new.forward, model)
     model.__class__ = new
 
 
-def calls(found: Any, function: Callable[..., Any]) -> bool:
-    """Whether an attribute is that function as a method."""
-    return getattr(found, "__func__", None) is function
+def forward_attribute(model: nn.Module) -> str | None:
+    """The attribute that holds the forward of the model's class beside the class itself, where hooks put it.
+
+    Raises:
+        MixheadError: where something else was put in its place, which would go on calling the forward of this class.
+    """
+    own = vars(model)
+    if "forward" not in own:
+        return None
+    for name in ("_old_forward", "forward"):
+        if getattr(own.get(name), "__func__", None) is type(model).forward:
+            return name
+    raise MixheadError(
+        f"The forward of this {type(model).__name__} was replaced, as by Accelerator.prepare, and would not know of "
+        "its heads: convert the model first, and wrap it then."
+    )
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from mixhead.models.hugging_face.attention import (
     routing_class,
 )
 from mixhead.models.hugging_face.sites import AttentionSite, find_sites
+from mixhead.plain import offloading_hooks
 from mixhead.routing import LayerHeads, Router, router_kind
 
 
@@ -59,6 +60,11 @@ def attach_router(site: AttentionSite, heads: LayerHeads, moh: dict[str, Any]) -
     module.moh_router = router.to(device=site.device, dtype=site.dtype)
     router.train(module.training)
     if kind.calibrated:
+        if any(getattr(hook, "offload", False) for hook in offloading_hooks(module)):
+            raise MixheadError(
+                f"The weights of {site.name} itself are offloaded, and nothing can be put beside them: convert the "
+                "model first, and offload it then."
+            )
         skipped_HD = torch.zeros(heads.num_heads, site.head_dim, device=site.device, dtype=site.dtype)
         module.moh_skipped = nn.Parameter(skipped_HD)
 
