@@ -39,6 +39,13 @@ def test_strings_are_documents_and_empty_ones_are_left_out(tmp_path):
     assert text_source(file) == ["one", "two"]
 
 
+def test_documents_may_be_long(tmp_path):
+    long = "word " * 100_000
+    (tmp_path / "a.csv").write_text(f'text\n"{long}"\n')
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": long}))
+    assert text_source(tmp_path / "a.csv") == text_source(tmp_path / "a.jsonl") == [long]
+
+
 def test_prose_with_another_ending_stays_prose(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text('{"text": "one"}')

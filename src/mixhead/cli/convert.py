@@ -102,6 +102,7 @@ def convert(
         console.print(f"Wrote {out}: the published MoH-LLaMA3 as a model that routes.")
         return
     store.check_target(out, overwrite=overwrite)
+    store.check_folder(folder)
     calibration = CalibrationConfig(autocast=autocast_dtype(dtype))
     documents = text_source(text, "calibration") if router == "linear" else []
     try:

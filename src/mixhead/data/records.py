@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def _records(path: Path, content: str) -> Iterator[tuple[str, Any]]:
     """Each record, and where it stands."""
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        yield from ((f"Row {row}", record) for row, record in enumerate(csv.DictReader(io.StringIO(content)), 1))
+        yield from ((f"Row {row}", record) for row, record in enumerate(_rows(content, path), 1))
     elif suffix in JSON_LINES:
         for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
@@ -47,6 +48,17 @@ def _records(path: Path, content: str) -> Iterator[tuple[str, Any]]:
         yield from (
             (f"Entry {entry}", record) for entry, record in enumerate(whole if isinstance(whole, list) else [whole], 1)
         )
+
+
+def _rows(content: str, path: Path) -> list[dict[str, str]]:
+    """The rows of a table, whose fields may be long: they are documents."""
+    shorter = csv.field_size_limit(sys.maxsize)
+    try:
+        return list(csv.DictReader(io.StringIO(content, newline="")))
+    except csv.Error as error:
+        raise MixheadError(f"{path} is no table of comma-separated values ({error}).") from None
+    finally:
+        csv.field_size_limit(shorter)
 
 
 def _parsed(text: str, path: Path, place: str) -> Any:

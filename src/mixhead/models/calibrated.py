@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mixhead.routing import Router
+from mixhead.routing import Router, router_kind
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,10 @@ def warn_of_random_heads(model: Any, router: str) -> None:
         return
     vars(model)[WARNED] = True
     logger.warning(
-        "This %s was converted and never calibrated nor trained: its %s routers choose heads at random. Call "
-        "mixhead.calibrate, as `mixhead convert` does with the linear router, or train it.",
+        "This %s was converted and never calibrated nor trained: its %s routers choose heads at random. %s.",
         type(model).__name__,
         router,
+        "Call mixhead.calibrate, as `mixhead convert` does, or train it"
+        if router_kind(router).calibrated
+        else "Train it",
     )
