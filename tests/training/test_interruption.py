@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from line_task import line, losses
+from line_task import LineTrainer, line, losses
 
 from mixhead.cli.app import run as command
 from mixhead.errors import MixheadError
@@ -41,6 +41,13 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_is_left_alone(tmp_pat
         train_recipe(line(steps=5), tmp_path / "run", resume=True)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.name != LOCK} == before
     assert train_recipe(line(steps=5), tmp_path / "run", resume=True).resumed_from == 5
+
+
+def test_a_run_that_cannot_begin_is_refused_before_its_model_is_built(tmp_path, monkeypatch):
+    train_recipe(line(steps=5), tmp_path / "run")
+    monkeypatch.setattr(LineTrainer, "__init__", lambda *_: pytest.fail("was built"))
+    with only_run_in(tmp_path / "run"), pytest.raises(MixheadError, match="in use by another run"):
+        train_recipe(line(steps=5), tmp_path / "run", resume=True)
 
 
 def test_a_process_that_is_killed_holds_no_lock_though_its_children_live(tmp_path):

@@ -21,6 +21,7 @@ from mixhead.tasks.translation import train as translation
 from mixhead.tasks.translation.train import TranslationConfig
 from mixhead.training.folder import check_new_run
 from mixhead.training.former import todays_keys
+from mixhead.training.lock import check_unused
 from mixhead.training.recipes import Recipe, settings_from
 from mixhead.training.run import Task, TrainingResult, train
 
@@ -76,7 +77,9 @@ def train_recipe(recipe: Recipe, run: Path, *, resume: bool = False) -> Training
         SystemExit: with code 143, after SIGTERM, likewise.
     """
     task = task_of(recipe)
-    if not resume:
+    if resume:
+        check_unused(run)
+    else:
         check_new_run(run)
     trainer = task.build(settings_of(recipe), run)
     return train(trainer, recipe.task, resume, measure=task.measure)

@@ -48,12 +48,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
         close()
-        raise MixheadError(
-            f"{folder} is in use by another run ({holder}), which would lose its log and its checkpoints: wait for its "
-            "end, or give another folder."
-        ) from None
+        raise in_use(folder) from None
     except OSError as error:
         logger.warning("%s lies where files cannot be locked (%s): see that only one run uses it.", folder, error)
     try:
@@ -64,3 +60,19 @@ def only_run_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         close()
+
+
+def check_unused(folder: Path) -> None:
+    """Raises where another run works in a folder, before models and data are read for one that cannot begin."""
+    if os.environ.get("RANK", "0") == "0" and (folder / LOCK).is_file():
+        with only_run_in(folder):
+            pass
+
+
+def in_use(folder: Path) -> MixheadError:
+    """The error to raise for a folder in which another run works."""
+    holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip() or "another process"
+    return MixheadError(
+        f"{folder} is in use by another run ({holder}), which would lose its log and its checkpoints: wait for its "
+        "end, or give another folder."
+    )
