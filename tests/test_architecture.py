@@ -47,11 +47,9 @@ LONGER_FUNCTIONS = {
     "cli/convert.py: convert",  # one parameter an option, as typer has it
     "cli/tune.py: tune",
     "inspect/play.py: page",
-    "interop/published_llama.py: load_moh_llama",
     "models/hugging_face/attention.py: moh_attention_forward",
     "models/moa/transformer.py: forward",
     "nn/moa.py: forward",
-    "ops/aggregated/api.py: aggregated_attention",
     "ops/triton/kernels.py: forward",
     "ops/triton/kernels.py: key_gradient",
 }

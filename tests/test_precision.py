@@ -14,21 +14,6 @@ from mixhead.tasks.moa_training import MoATrainConfig
 from mixhead.training.recipes import shipped_recipes
 
 
-@pytest.fixture
-def machine(monkeypatch):
-    """Makes this a machine that multiplies in bfloat16 so many times as fast as in float32."""
-
-    def of(factor: float) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(precision, "bfloat16_speed", lambda: factor)
-        precision.faster_in_bfloat16.cache_clear()
-        precision.warn_if_slower.cache_clear()
-
-    yield of
-    precision.faster_in_bfloat16.cache_clear()
-    precision.warn_if_slower.cache_clear()
-
-
 @pytest.mark.parametrize(("factor", "taken"), [(4.0, torch.bfloat16), (1.02, None), (0.04, None)])
 def test_auto_takes_what_was_measured_to_be_faster(machine, factor, taken):
     machine(factor)

@@ -7,10 +7,8 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
-import torch
 import yaml
 
-from mixhead import precision
 from mixhead.errors import MixheadError
 from mixhead.settings import Count, Source
 from mixhead.training.config import RunConfig
@@ -44,21 +42,6 @@ def opened(run: Path, config: RunConfig, resume: bool = True, data: str = "that"
     with opened_run(trainer, task, resume) as done:
         assert done == 0
     return trainer.bfloat16
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """Makes this a machine that multiplies in bfloat16 so many times as fast as in float32."""
-
-    def of(factor: float) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(precision, "bfloat16_speed", lambda: factor)
-        precision.faster_in_bfloat16.cache_clear()
-        precision.warn_if_slower.cache_clear()
-
-    yield of
-    precision.faster_in_bfloat16.cache_clear()
-    precision.warn_if_slower.cache_clear()
 
 
 def test_the_recipe_holds_every_setting_and_absolute_paths(tmp_path, monkeypatch):

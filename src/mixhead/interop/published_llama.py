@@ -7,10 +7,11 @@ code that routes: a loader that ignores that code runs all heads and says nothin
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from mixhead.errors import MixheadError, first_line, listed
@@ -92,18 +93,10 @@ def load_moh_llama(
     if indexed:
         filling = LlamaFilling(config, indexed, "The index")
     for done, (file, names) in enumerate(plan.items(), 1):
-        weights = load_pickle_weights(root / file, allow=())
-        if names is None:
-            names = [name for name in weights if not BUFFER.search(name)]
+        weights = weights_of_shard(root / file, names, indexed)
         if filling is None:
-            filling = LlamaFilling(config, names, file)
-        absent = sorted(set(names) - weights.keys())
-        if absent:
-            raise MixheadError(f"{root / file} lacks weights that the index looks for there: {listed(absent)}.")
-        unexpected = sorted(name for name in weights.keys() - {*names} - indexed if not BUFFER.search(name))
-        if unexpected:
-            raise MixheadError(f"{root / file} holds weights that the index does not name: {listed(unexpected)}.")
-        for name in names:
+            filling = LlamaFilling(config, weights, file)
+        for name in weights:
             wanted_dtype = wanted_dtype or parse_dtype(weights[name].dtype)
             filling.put(name, weights[name], wanted_dtype, device)
         del weights
@@ -114,6 +107,28 @@ def load_moh_llama(
     if (root / "generation_config.json").exists():
         model.generation_config = read_generation_config(root / "generation_config.json")
     return model
+
+
+def weights_of_shard(file: Path, names: Collection[str] | None, indexed: Collection[str]) -> dict[str, Tensor]:
+    """The weights in one file.
+
+    Args:
+        file: of PyTorch or safetensors.
+        names: those that the index looks for there; None where there is no index.
+        indexed: all that the index names.
+
+    Raises:
+        MixheadError: where some are missing, or others are there.
+    """
+    weights = load_pickle_weights(file, allow=())
+    if names is None:
+        names = [name for name in weights if not BUFFER.search(name)]
+    if absent := sorted(set(names) - weights.keys()):
+        raise MixheadError(f"{file} lacks weights that the index looks for there: {listed(absent)}.")
+    unexpected = sorted(name for name in weights.keys() - {*names} - {*indexed} if not BUFFER.search(name))
+    if unexpected:
+        raise MixheadError(f"{file} holds weights that the index does not name: {listed(unexpected)}.")
+    return {name: weights[name] for name in names}
 
 
 def parse_dtype(dtype: object) -> torch.dtype:

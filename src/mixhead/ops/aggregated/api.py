@@ -64,11 +64,9 @@ def aggregated_attention(
         [B, H, N, D] in the dtype of the values: zero where a head is not selected.
 
     Raises:
-        MixheadError: where shapes or the name of the implementation do not fit, or where the implementation that was
-            asked for cannot take these arguments here.
+        MixheadError: where shapes or the name of the engine do not fit, or the engine that was asked for refuses.
     """
-    gates_BNH = None if routing is None else routing.gates_BNH
-    selected_BNH = None if routing is None else routing.selected_BNH
+    gates_BNH, selected_BNH = (None, None) if routing is None else (routing.gates_BNH, routing.selected_BNH)
     arguments = AggregatedArguments(
         q_BHND, k_BHND, v_BHND, k_BHTD, v_BHTD, gates_BNH, selected_BNH, size, query_embedding_HD, temperature_H,
         local_bias_HL, pool_bias, learnable_tokens_HDL, learnable_bias_HL,
