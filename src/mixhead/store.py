@@ -24,6 +24,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
@@ -176,13 +177,24 @@ def load_causal_lm(path: PathLike, *, dtype: Any = "auto") -> tuple[PreTrainedMo
 
 
 def load_text_model(path: PathLike, *, dtype: Any = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model that reads text alone, causal or masked, with its tokenizer; raises as `load_causal_lm` does."""
+    """Loads a model that reads text alone, causal, masked or without a head, as the class that it was saved from.
+
+    Its tokenizer comes with it. Raises as `load_causal_lm` does.
+    """
     folder = check_folder(path)
     config = load_config(folder)
-    if architecture_of(config) not in names_of(MODEL_FOR_MASKED_LM_MAPPING_NAMES):
-        check_writes_text(folder, config)
+    if not stays_what_it_is(config):
         return load_causal_lm(folder, dtype=dtype)
     return load_as(model_class_of(folder, config), folder, config, dtype), load_tokenizer(folder)
+
+
+def stays_what_it_is(config: PreTrainedConfig) -> bool:
+    """Whether a configuration names a model of text that is no causal language model: a masked one, or a bare one."""
+    name = architecture_of(config)
+    if name in names_of(MODEL_FOR_MASKED_LM_MAPPING_NAMES):
+        return True
+    bare = name in names_of(MODEL_MAPPING_NAMES) and not config.sub_configs and not config.is_encoder_decoder
+    return bare and getattr(getattr(transformers, name, None), "main_input_name", None) == "input_ids"
 
 
 def outline(path: PathLike) -> PreTrainedModel:

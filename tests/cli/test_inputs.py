@@ -274,6 +274,18 @@ def test_a_masked_model_stays_one(folders, text, tmp_path, capsys):
     refused(["convert", folders["vit"], str(tmp_path / "vit")], capsys, "ViTForImageClassification", "in Python")
 
 
+@pytest.mark.parametrize("model_class", [t.BertModel, t.LlamaModel])
+def test_a_model_without_a_head_stays_one(model_class, text, tmp_path, capsys):
+    sizes = LLAMA | {"tie_word_embeddings": True} if model_class is t.LlamaModel else BERT
+    bare = saved(model_class(model_class.config_class(**sizes)), tmp_path / "bare")
+    out = str(tmp_path / "out")
+    assert run(["convert", bare, out, "--text", text, "--tokens", "512"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [model_class.__name__]
+    assert type(store.load(out)).base_model_class is model_class
+    assert run(["inspect", out, "--text", text, "--tokens", "100", "--terminal"]) == 0
+    said(capsys)
+
+
 # Texts.
 
 
