@@ -214,6 +214,17 @@ def test_heads_that_no_output_projection_follows():
         assert not torch.equal(model(**inputs).logits, expected)
 
 
+def test_output_projections_that_take_gated_heads_are_not_fitted_to_bare_ones(caplog):
+    layers = {"layer_types": ["full_attention", "full_attention"], "head_dim": 8}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    config = t.Qwen3NextConfig(**GROUPED, **layers, **experts, shared_expert_intermediate_size=16)
+    model = mixhead.convert(random_model(t.Qwen3NextForCausalLM, config), MoHConfig(active=0.5))
+    before = copy.deepcopy(model.state_dict())
+    mixhead.calibrate(model, [ids()])
+    assert all(torch.equal(weight, before[key]) for key, weight in model.state_dict().items() if "o_proj" in key)
+    assert "take heads that were gated" in caplog.text
+
+
 WRITERS = [name for name, (model_class, _, inputs) in DEVIANTS.items() if inputs is ids and "LM" in model_class.__name__
            and "Masked" not in model_class.__name__]  # fmt: skip
 

@@ -92,7 +92,7 @@ def test_an_offloaded_model_is_calibrated_and_writes(offload, tmp_path, caplog):
     written = [each.generate(tokens(), max_new_tokens=3, do_sample=False) for each in (model, twin)]
     assert torch.equal(*written)
     mixhead.calibrate(model, [tokens()])
-    assert "layers are quantised, adapted, offloaded or wrapped: they stay as they are" in caplog.text
+    assert "layers are quantised, adapted, offloaded or wrapped" in caplog.text
 
 
 def test_routers_that_are_offloaded_cannot_be_calibrated():

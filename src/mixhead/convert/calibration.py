@@ -49,8 +49,8 @@ class CalibrationConfig:
         probe_sequences: sequences for the sensitivity of each layer (one forward pass per layer), off the last batch.
         ridge: strength of the regression's ridge, relative to the mean square of the hidden states.
         refit_output: whether the output projections are fitted to the heads that are left (least squares, towards what
-            all heads gave). This changes weights of the original model; False keeps every one of them, and so do layers
-            that are quantised, adapted or offloaded.
+            all heads gave). This changes weights of the original model; False keeps every one of them; those that are
+            quantised, adapted, offloaded, or fed with gated heads are kept in any case.
         output_ridge: strength of the ridge that holds them near the original ones, relative to the mean square of the
             heads' outputs.
         autocast: dtype of the forward passes, for example torch.bfloat16; None computes in the model's own.
@@ -324,13 +324,12 @@ class Calibration:
 
     def refit_outputs(self) -> dict[str, float]:
         """Step 4; returns the share of the output's energy that is still lost, of every layer that routes."""
-        sites = [site for site in self.routed_sites() if site.has_plain_output]
-        if len(sites) < len(self.routed_sites()):
-            logger.warning(
-                "The output projections of %d layers are quantised, adapted, offloaded or wrapped: they stay as they "
-                "are.",
-                len(self.routed_sites()) - len(sites),
-            )
+        fed_heads = self.target.fed_heads(self.on_device(self.pilots[0]))
+        sites = [site for site in self.routed_sites() if site.has_plain_output and site.name in fed_heads]
+        kept = len(self.routed_sites()) - len(sites)
+        if kept:
+            why = "are quantised, adapted, offloaded or wrapped, or take heads that were gated or normalised before"
+            logger.warning("The output projections of %d layers %s: they stay as they are.", kept, why)
         sums = OutputSums({site: self.target.routing_of(site) for site in sites})
         self.observe(self.batches, sums)
         return {site.name: sums.refit(site, self.config.output_ridge) for site in sites}
@@ -368,7 +367,7 @@ class Calibration:
         if missing:
             raise MixheadError(
                 f"The batches never reach {missing[0]} (and {len(missing) - 1} more layers): give batches that use the "
-                "whole model, for example pixel_values beside input_ids."
+                "whole model: pixel_values beside input_ids, encoder_hidden_states for a decoder alone."
             )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -68,6 +70,10 @@ class CalibrationTarget(ABC):
         """Runs the model with all heads of every layer, and shows them."""
 
     @abstractmethod
+    def fed_heads(self, batch: Mapping[str, Any]) -> set[str]:
+        """Names of the modules whose output projection is fed the heads as they are, not gated nor normalised."""
+
+    @abstractmethod
     def run(self, batch: Mapping[str, Any], routed: str | None) -> Any:
         """The model's output where that layer alone routes, or none."""
 
@@ -106,10 +112,42 @@ class ConvertedModel(CalibrationTarget):
 
         self.model(**batch, stand_in=show)
 
+    def fed_heads(self, batch: Mapping[str, Any]) -> set[str]:
+        """See `CalibrationTarget`."""
+        fed = FedHeads()
+        with ExitStack() as hooks:
+            for site in self.sites:
+                look = functools.partial(fed.look, site.name)
+                hooks.callback(site.output_projection.register_forward_pre_hook(look).remove)
+            self.observe(batch, fed)
+        return fed.names
+
     def run(self, batch: Mapping[str, Any], routed: str | None) -> Any:
         """See `CalibrationTarget`."""
         with only_routes(self.sites, "moh_router", routed):
             return self.model(**batch)
+
+
+class FedHeads:
+    """Compares what attention modules computed with what their output projections are fed.
+
+    Attributes:
+        names: of the modules where it was the same.
+    """
+
+    def __init__(self) -> None:
+        self.heads: dict[str, list[Tensor]] = {}
+        self.names: set[str] = set()
+
+    def observe(self, name: str, hidden_BNC: Tensor, heads_BNHD: Tensor, token_mask_BN: Tensor | None) -> None:
+        """See `Observer`."""
+        self.heads.setdefault(name, []).append(heads_BNHD.flatten())
+
+    def look(self, name: str, _projection: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """A forward pre-hook of the output projection."""
+        heads = torch.cat(self.heads.pop(name)) if name in self.heads else None
+        if heads is not None and torch.equal(heads.to(args[0]), args[0].flatten()):
+            self.names.add(name)
 
 
 class ConvertedDiT(CalibrationTarget):
@@ -138,6 +176,10 @@ class ConvertedDiT(CalibrationTarget):
             for site in self.sites:
                 hooks.enter_context(shown_heads(site, observer))
             self.model(**batch)
+
+    def fed_heads(self, batch: Mapping[str, Any]) -> set[str]:
+        """See `CalibrationTarget`."""
+        return {site.name for site in self.sites}
 
     def run(self, batch: Mapping[str, Any], routed: str | None) -> Any:
         """See `CalibrationTarget`."""
