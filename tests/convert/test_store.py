@@ -18,6 +18,9 @@ from zoo import ZOO, answer, same_bits, tokens
 
 import mixhead
 from mixhead import MixheadError, MoHConfig, store
+from mixhead.models.moa import MoAEncoderConfig, MoAForMaskedLM
+from mixhead.models.moh_dit import MoHDiT, MoHDiTConfig
+from mixhead.models.moh_vit import MoHTransNeXtConfig, MoHTransNeXtForImageClassification
 from mixhead.processes import this_process
 
 
@@ -66,6 +69,30 @@ def test_only_complete_folders_have_a_name(folder):
     assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE((folder.parent / "neighbour").stat().st_mode)
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()}
     assert {*modes.values()} == {modes["config.json"]}, "weights may be read by whom the configuration may"
+
+
+@pytest.mark.parametrize("name", ["converted", "moh_vit", "moa", "moh_dit"])
+def test_weights_that_a_model_saves_itself_may_be_read_too(name, tmp_path):
+    if name == "converted":
+        model = converted()
+    elif name == "moa":
+        model = MoAForMaskedLM(MoAEncoderConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1))
+    elif name == "moh_vit":
+        model = MoHTransNeXtForImageClassification(
+            MoHTransNeXtConfig(
+                image_size=16, patch_size=4, hidden_sizes=[8], num_heads=[2], depths=[1], mlp_ratios=[2],
+                pool_ratios=[1], shared_heads=[1], top_k=[1],
+            )
+        )  # fmt: skip
+    else:
+        pytest.importorskip("diffusers")
+        from mixhead.models.moh_dit import MoHDiTTransformer2DModel
+
+        sizes = {"sample_size": 8, "in_channels": 3, "hidden_size": 24, "depth": 1, "num_heads": 2, "num_classes": 2}
+        model = MoHDiTTransformer2DModel.from_dit(MoHDiT(MoHDiTConfig(**sizes)))
+    model.save_pretrained(tmp_path)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert {*modes.values()} == {modes["config.json"]} and any(name.endswith(".safetensors") for name in modes)
 
 
 def test_a_save_that_was_killed_between_its_two_renamings_loses_nothing(folder, caplog):

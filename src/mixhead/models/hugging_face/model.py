@@ -29,9 +29,10 @@ from mixhead.models.hugging_face.configuration import moh_config_class, name_of,
 from mixhead.models.hugging_face.loading import refuse_tensor_parallelism
 from mixhead.models.hugging_face.routers import attach_routers, initialise_routing
 from mixhead.models.hugging_face.trace import RoutingTrace
+from mixhead.models.saving import ReadableWeights
 
 
-class MoHModelMixin:
+class MoHModelMixin(ReadableWeights):
     """What a converted model does beyond its base class."""
 
     base_model_class: ClassVar[type[PreTrainedModel]]
@@ -93,7 +94,7 @@ class MoHModelMixin:
             )
         if not self.config.moh.get(CALIBRATED, True):
             warn_of_random_heads(self, self.config.moh["router"])
-        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        return super().save_pretrained(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         """Refused: under any other attention function all heads would run, and nobody would notice."""

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from mixhead.errors import MixheadError
 from mixhead.models.moa.configuration import MoAConfig
 from mixhead.models.moa.layers import Embeddings, EncoderLayer, rotary
+from mixhead.models.saving import ReadableWeights
 from mixhead.nn import MixtureOfAttentionHeads
 from mixhead.routing import ExpertRouting
 
@@ -38,7 +39,7 @@ class MoAOutput(ModelOutput):
     routing: tuple[ExpertRouting, ...] | None = None
 
 
-class MoAPreTrainedModel(PreTrainedModel):
+class MoAPreTrainedModel(ReadableWeights, PreTrainedModel):
     """What transformers needs to know of these models."""
 
     config_class = MoAConfig

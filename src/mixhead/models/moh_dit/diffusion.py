@@ -18,6 +18,7 @@ from mixhead.errors import MixheadError, first_line
 from mixhead.models.calibrated import warn_of_random_heads
 from mixhead.models.moh_dit.configuration import MoHDiTConfig
 from mixhead.models.moh_dit.modeling import MoHDiT, rename_former_weights
+from mixhead.models.saving import ReadableWeights
 from mixhead.routing import Routing
 from mixhead.shards import check_indexes
 
@@ -39,7 +40,7 @@ class MoHDiTOutput(BaseOutput):
     routing: tuple[Routing, ...] | None = None
 
 
-class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin):
+class MoHDiTTransformer2DModel(ReadableWeights, ModelMixin, ConfigMixin):
     """A MoH-DiT or dense DiT with the interface of diffusers' `DiTTransformer2DModel`; the network is its `dit`.
 
     The arguments are those of `MoHDiTConfig`, except that `out_channels` says whether the variance is predicted: it is

@@ -21,6 +21,7 @@ from mixhead.errors import MixheadError
 from mixhead.models.moh_vit.attention import AggregatedAttention, CosineAttention, GlobalAttention
 from mixhead.models.moh_vit.configuration import MoHTransNeXtConfig
 from mixhead.models.moh_vit.positions import RelativePositions, Size, relative_positions
+from mixhead.models.saving import ReadableWeights
 from mixhead.ops import convolutional_glu
 from mixhead.plain import is_plain
 from mixhead.routing import OneStageRouter, Routing, TwoStageRouter, mean_balance_loss
@@ -154,7 +155,7 @@ def make_attention(config: MoHTransNeXtConfig, stage: int) -> CosineAttention:
     return AggregatedAttention(width, heads, router, config.window_size, config.qkv_bias)
 
 
-class MoHTransNeXtPreTrainedModel(PreTrainedModel):
+class MoHTransNeXtPreTrainedModel(ReadableWeights, PreTrainedModel):
     """What transformers needs to know of these models."""
 
     config_class = MoHTransNeXtConfig
