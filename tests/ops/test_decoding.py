@@ -9,6 +9,7 @@ from mixhead.ops.decoding import DECODE, can_decode
 from mixhead.ops.skipped import FILL, fill_skipped
 from mixhead.routing import LinearRouter
 from mixhead.routing.one_operator import ROUTE, can_route
+from mixhead.routing.scores import ScoreProjection
 
 BUILT, WHY_NOT = cpu.available()
 pytestmark = pytest.mark.skipif(not BUILT, reason=WHY_NOT)
@@ -59,12 +60,16 @@ def test_without_a_gradient_the_router_is_one_operator():
 
 
 def test_where_numbers_are_not_all_that_is_asked_it_is_not_taken():
-    proj, hidden = torch.nn.Linear(C, 4), torch.randn(1, 1, C)
+    proj, hidden = ScoreProjection(C, 4), torch.randn(1, 1, C)
     assert not can_route(proj, hidden), "a gradient may be asked for"
     with torch.no_grad():
         assert can_route(proj, hidden)
         assert not can_route(proj, hidden.double())
-        assert not can_route(torch.nn.Linear(C, 4).bfloat16(), hidden)
+        assert not can_route(ScoreProjection(C, 4).bfloat16(), hidden)
+        assert not can_route(ScoreProjection(C, 4, device="meta"), hidden), "offloaded"
+        hooked = ScoreProjection(C, 4)
+        hooked.register_forward_pre_hook(lambda *_: None)
+        assert not can_route(hooked, hidden), "a hook may bring the weights"
         assert not can_route(torch.nn.Bilinear(C, C, 4), hidden), "an adapter knows how it computes"
         assert not torch.func.vmap(lambda x: torch.tensor(can_route(proj, x)))(hidden).any()
 
