@@ -74,12 +74,11 @@ class FirstHeads(Router):
 def test_a_toy_router(monkeypatch, tmp_path):
     monkeypatch.setitem(ROUTERS, "first", RouterKind(lambda c, h, s, k, g: FirstHeads(h, s + k), balance=0.5))
     layer = MixtureOfHeadAttention(16, 4, 0, 2, router="first")
-    assert layer(torch.randn(1, 3, 16), return_routing=True)[1].selected_BNH[0, 0].tolist() == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    _, routing = layer(torch.randn(1, 3, 16), return_routing=True)
+    assert routing.selected_BNH[0, 0].tolist() == [True, True, False, False]
+    layer.router.bias.weight.data.fill_(9.0)
+    layer.router.reset_parameters()  # as loading asks where a file has none
+    assert (layer.router.bias.weight < 9).all()
     sizes = LlamaConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, vocab_size=20)
     model = mixhead.convert(LlamaForCausalLM(sizes).eval(), mixhead.MoHConfig(active=0.5, router="first"))
     assert model.config.moh["balance_coefficient"] == 0.5
