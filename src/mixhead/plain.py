@@ -27,12 +27,16 @@ def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
     )
 
 
+def dtype_of(*layers: nn.Module) -> torch.dtype:
+    """What the first layer computes in; where all its weights are quantised, what the next does."""
+    weights = (weight for layer in layers for weight in (*layer.parameters(), *layer.buffers()))
+    return next((weight.dtype for weight in weights if weight.dtype in COMPUTES_IN), torch.float32)
+
+
 def place_of(layer: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a layer computes and in which dtype."""
     weights = [*layer.parameters(), *layer.buffers()]
-    floating = next((w.dtype for w in weights if w.dtype in COMPUTES_IN), None)
-    if floating is None:
-        floating = next((w.dtype for w in model.parameters() if w.dtype in COMPUTES_IN), torch.float32)
+    floating = dtype_of(layer, model)
     for part in layer.modules():
         for hook in offloading_hooks(part):
             if getattr(hook, "execution_device", None) is not None:

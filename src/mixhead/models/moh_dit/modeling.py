@@ -18,6 +18,7 @@ from mixhead.errors import MixheadError
 from mixhead.models.calibrated import trained_or_warned_of
 from mixhead.models.moh_dit.configuration import MoHDiTConfig
 from mixhead.nn import MixtureOfHeadAttention
+from mixhead.plain import dtype_of
 from mixhead.routing import Routing, router_kind
 
 NORM_EPS = 1e-6
@@ -212,7 +213,7 @@ class MoHDiT(nn.Module):
         frequencies = torch.exp(-math.log(10_000) * steps / (TIME_FREQUENCIES - self.config.frequency_shift))
         angles_BF = t_B.float().unsqueeze(1) * frequencies
         waves_BF = torch.cat([angles_BF.cos(), angles_BF.sin()], dim=-1)
-        return self.time_embed(waves_BF.to(self.time_embed.fc1.weight.dtype))
+        return self.time_embed(waves_BF.to(dtype_of(self.time_embed)))
 
     def unpatchify(self, patches_BNX: Tensor) -> Tensor:
         """[B, N, patch * patch * channels] -> [B, channels, Y, X]."""

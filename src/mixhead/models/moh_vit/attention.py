@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mixhead.models.moh_vit.positions import RelativePositions, Size
 from mixhead.ops import RelativeBias, aggregated_attention, head_attention
-from mixhead.plain import is_plain
+from mixhead.plain import dtype_of, is_plain
 from mixhead.routing import Routing, TwoStageRouter
 
 POSITION_WIDTH = 512
@@ -49,7 +49,7 @@ class PositionBias(nn.Module):
 
     def table(self, positions: RelativePositions) -> Tensor:
         """The bias of every distance, [H, R, S]."""
-        bias_RSH = self.fc2(F.relu(self.fc1(positions.distances_RS2.to(self.fc1.weight.dtype))))
+        bias_RSH = self.fc2(F.relu(self.fc1(positions.distances_RS2.to(dtype_of(self)))))
         return bias_RSH.permute(2, 0, 1).contiguous()
 
 
