@@ -15,6 +15,7 @@ from zoo import IMAGE, SIZES, TOKENS, ZOO, answer, same_bits, tokens
 
 import mixhead
 from mixhead import MoHConfig
+from mixhead.errors import MixheadError
 from mixhead.models.hugging_face import MoHModelMixin
 from mixhead.models.hugging_face.trace import RoutingTrace
 
@@ -151,6 +152,24 @@ def test_peft_finds_its_default_targets(name, kind):
     adapted = [peft.get_peft_model(model, getattr(peft, kind)()) for model in both(name)]
     names = [{n for n, p in model.named_parameters() if p.requires_grad} for model in adapted]
     assert names[0] == names[1] != set()
+
+
+def test_peft_saves_what_it_tuned_beside_a_model_that_came_from_a_folder(tmp_path):
+    peft = pytest.importorskip("peft")
+    ZOO["llama"].make().save_pretrained(tmp_path / "original")
+    for config in (
+        peft.LoraConfig(target_modules="all-linear"),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ):
+        model = mixhead.convert(t.AutoModelForCausalLM.from_pretrained(tmp_path / "original"), MoHConfig(active=0.5))
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / "tuned")  # asks for the original's vocabulary
+        assert (tmp_path / "tuned" / "adapter_model.safetensors").exists()
+
+
+def test_the_class_of_a_converted_model_loads_no_original(tmp_path):
+    ZOO["llama"].make().save_pretrained(tmp_path)
+    with pytest.raises(MixheadError, match="does not say which heads"):
+        type(routed("llama")).from_pretrained(tmp_path)
 
 
 def test_whisper_transcribes_in_a_pipeline_and_takes_a_prompt():

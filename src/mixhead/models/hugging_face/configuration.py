@@ -61,7 +61,12 @@ class MoHConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Reads the form of the file, that of earlier files, and the one that `to_dict` gives."""
+        """Reads the form of the file, that of earlier files, and the one that `to_dict` gives.
+
+        A file of the original stays one: PEFT looks at the folder that a model came from before it was converted.
+        """
+        if config_dict.keys().isdisjoint({"moh", NESTED, "transformers_weights"}):
+            return cls.base_config_class.from_dict(config_dict, **kwargs)
         if NESTED in config_dict:
             outer = {k: v for k, v in config_dict.items() if k not in (NESTED, NESTED_TYPE, POISONED_FIELD)}
             config_dict = {**config_dict[NESTED], **outer, "model_type": config_dict[NESTED_TYPE]}

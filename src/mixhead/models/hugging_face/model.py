@@ -25,7 +25,7 @@ from mixhead.models.calibrated import CALIBRATED, trained_or_warned_of, warn_of_
 from mixhead.models.hugging_face.attention import ATTENTION, ATTENTION_OF_EAGER
 from mixhead.models.hugging_face.balance import balance_term, carried
 from mixhead.models.hugging_face.call import Call, StandIn, carrying_calls, running
-from mixhead.models.hugging_face.configuration import moh_config_class, name_of, new_instance
+from mixhead.models.hugging_face.configuration import check_description, moh_config_class, name_of, new_instance
 from mixhead.models.hugging_face.loading import refuse_tensor_parallelism
 from mixhead.models.hugging_face.routers import attach_routers, initialise_routing
 from mixhead.models.hugging_face.trace import RoutingTrace
@@ -40,6 +40,7 @@ class MoHModelMixin(ReadableWeights):
     training: bool
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        check_description(getattr(config, "moh", None))
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         assert isinstance(self, PreTrainedModel)
         register_models(type(self.config))  # type: ignore[arg-type]
