@@ -47,7 +47,6 @@ LONGER_FUNCTIONS = {
     "cli/convert.py: convert",  # one parameter an option, as typer has it
     "cli/tune.py: tune",
     "inspect/play.py: page",
-    "models/hugging_face/attention.py: moh_attention_forward",
     "models/moa/transformer.py: forward",
     "nn/moa.py: forward",
     "ops/triton/kernels.py: forward",

@@ -44,6 +44,7 @@ def can_decode(
         and hidden_B1C.dtype == dtype
         and k_BKTD.dtype == dtype
         and v_BKTD.dtype == dtype
+        and q_shape[3] == v_BKTD.shape[3]
         and q_shape[1] <= MOST_GROUPS * k_BKTD.shape[1]
         and q_BH1D.stride(3) == 1
         and k_BKTD.stride(3) == 1

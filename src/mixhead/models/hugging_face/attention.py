@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from mixhead.errors import MixheadError
-from mixhead.models.hugging_face.call import running_call
+from mixhead.models.hugging_face.call import Call, running_call
 from mixhead.models.hugging_face.configuration import new_instance
 from mixhead.models.hugging_face.decoding import decode_token
 from mixhead.models.hugging_face.router_input import RouterInput, query_argument
@@ -117,16 +117,8 @@ def moh_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the selected heads, under the contract of transformers' attention interface.
 
-    Args:
-        module: the attention module; it routes where it has a `moh_router`, and is dense otherwise.
-        query: [B, H, N, D].
-        key: [B, K, T, D].
-        value: [B, K, T, V]; V may differ from D.
-        attention_mask: bool or floating, [B, 1, N, T], or None.
-        dropout: probability of dropping an attention weight.
-        scaling: factor of the scores.
-        is_causal: as in transformers; by default the module's own `is_causal`.
-        **kwargs: what else a model passes; refused where it would change the mathematics.
+    The module routes where it has a `moh_router`, and is dense otherwise. Query [B, H, N, D], key [B, K, T, D], value
+    [B, K, T, V]; the mask bool or floating, [B, 1, N, T]; `kwargs` are refused where they change the mathematics.
 
     Returns:
         ([B, N, H, V], None); where all heads are used, what the model's own function returns.
@@ -140,36 +132,39 @@ def moh_attention_forward(
     if not LOOKED_AT.isdisjoint(kwargs):
         check_call(module, kwargs)
     hidden_BNC = module.moh_input.beside(query, str(module.moh_name))  # type: ignore[union-attr,operator]
-    one_width = query.shape[3] == value.shape[3]
-    if call.is_plain and query.shape[2] == 1 and one_width and attention_mask is None and not dropout:
+    if call.is_plain and query.shape[2] == 1 and attention_mask is None and not dropout:
         skipped_HD: Any = module.moh_skipped
         out_B1HD = decode_token(router, skipped_HD, hidden_BNC, query, key, value, scaling)
         if out_B1HD is not None:
             return out_B1HD, None
-    token_mask_BN = real_tokens_BN(attention_mask, query.shape[2], key.shape[2])
-    if token_mask_BN is not None:  # One mask for all samples is allowed.
-        token_mask_BN = token_mask_BN.expand(query.shape[0], -1)
-    if attention_mask is None and call.decoder_token_mask_BN is not None and getattr(module, "is_decoder", False):
-        token_mask_BN = call.decoder_token_mask_BN[:, -query.shape[2] :]
+    token_mask_BN = tokens_that_route_BN(module, call, attention_mask, query, key)
+    inputs = (module, query, key, value, attention_mask)
     if call.stand_in is not None:
-        seen = call.stand_in(
-            module, query, key, value, attention_mask, scaling, is_causal, hidden_BNC, token_mask_BN
-        )  # fmt: skip
+        seen = call.stand_in(*inputs, scaling, is_causal, hidden_BNC, token_mask_BN)
         if seen is not None:
             return seen
         if router is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal)
+            return sdpa_attention_forward(*inputs, dropout, scaling, is_causal)
     routing = router(hidden_BNC, query, token_mask_BN)
     if call.trace is not None:
         call.trace.record(str(module.moh_name), routing)
     if dropout > 0.0:
-        dense_BNHD, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
-        )
+        dense_BNHD, _ = sdpa_attention_forward(*inputs, dropout, scaling, is_causal, **kwargs)
         return with_constants(times_gates(dense_BNHD, routing), routing, module), None
     causal = is_causal_here(module, query, attention_mask, is_causal)
     out_BHND = selected_heads(query, key, value, routing, causal, scaling, attention_mask, call.impl)
     return with_constants(out_BHND.transpose(1, 2), routing, module), None
+
+
+def tokens_that_route_BN(
+    module: nn.Module, call: Call, attention_mask: Tensor | None, query: Tensor, key: Tensor
+) -> Tensor | None:
+    """bool [B, N], False at padding, from the mask of the call or of the decoder; None where every token is real."""
+    if attention_mask is None:
+        decoder_BN = call.decoder_token_mask_BN if getattr(module, "is_decoder", False) else None
+        return None if decoder_BN is None else decoder_BN[:, -query.shape[2] :]
+    mask_BN = real_tokens_BN(attention_mask, query.shape[2], key.shape[2])
+    return None if mask_BN is None else mask_BN.expand(query.shape[0], -1)  # one for all samples is allowed
 
 
 def selected_heads(
