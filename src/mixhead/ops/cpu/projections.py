@@ -36,12 +36,13 @@ torch.library.define(
 )
 
 
+UNITS_OF_BFLOAT16 = ("amx", "avx512_bf16")  # levels that multiply bfloat16
+
+
 def refusal(rows: Tensor) -> str | None:
     """Why the kernel cannot take these rows, in a sentence; None where it can. May build the kernel."""
     if rows.device.type != "cpu":
         return f"the kernel runs on the CPU, and the rows are on {rows.device.type}"
-    if rows.dtype == torch.bfloat16 and best_level() not in ("amx", "avx512_bf16"):
-        return "this CPU has no instructions for products in bfloat16"
     if rows.dtype not in (torch.float32, torch.bfloat16):
         return f"the kernel computes in float32 and bfloat16, not in {rows.dtype}"
     return unusable("projections")
@@ -49,7 +50,8 @@ def refusal(rows: Tensor) -> str | None:
 
 def to_heads(hidden_BNC: Tensor, weight_HDC: Tensor, bias_HD: Tensor | None, choice: Tensor) -> Tensor:
     """The queries of the chosen heads, [B, S, N, D]. The kernel must be built, and `refusal` must be None."""
-    return torch.ops.mixhead.project_to_heads_cpu(hidden_BNC, weight_HDC, bias_HD, choice)
+    hidden_BNC, weight_HDC, bias_HD, dtype = multiplied(hidden_BNC, weight_HDC, bias_HD)
+    return torch.ops.mixhead.project_to_heads_cpu(hidden_BNC, weight_HDC, bias_HD, choice).to(dtype)
 
 
 def from_heads(
@@ -57,7 +59,15 @@ def from_heads(
 ) -> Tensor:
     """The sum over the chosen heads, [B, N, C]. The kernel must be built, and `refusal` must be None."""
     gates_BNS = None if gates_BNS is None else gates_BNS.float()
-    return torch.ops.mixhead.project_from_heads_cpu(out_BSND, weight_HDC, bias_C, choice, gates_BNS)
+    out_BSND, weight_HDC, bias_C, dtype = multiplied(out_BSND, weight_HDC, bias_C)
+    return torch.ops.mixhead.project_from_heads_cpu(out_BSND, weight_HDC, bias_C, choice, gates_BNS).to(dtype)
+
+
+def multiplied(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
+    """The arguments in the dtype that this processor multiplies, bfloat16 or float32, and that of the result."""
+    if rows.dtype == torch.bfloat16 and best_level() not in UNITS_OF_BFLOAT16:
+        return rows.float(), weight.float(), None if bias is None else bias.float(), rows.dtype
+    return rows, weight, bias, rows.dtype
 
 
 def to_slots(hidden_BNC: Tensor, weight_EDC: Tensor, expert_BNS: Tensor) -> Tensor:
