@@ -1,5 +1,7 @@
 """The one exception type for a user's mistake, and what its sentences are made of."""
 
+import pickle
+
 
 class MixheadError(ValueError):
     """A mistake that the user can mend.
@@ -11,6 +13,8 @@ class MixheadError(ValueError):
 
 def first_line(error: BaseException) -> str:
     """Type and first line of an error, for the end of a sentence."""
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch's advises to execute what a stranger wrote
+        return "UnpicklingError: it is damaged or holds more than weights, and nothing in it was executed"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 

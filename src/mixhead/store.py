@@ -119,6 +119,10 @@ def check_target(path: PathLike, *, overwrite: bool = False) -> Path:
         MixheadError: where it may not; asked before hours of work, not after.
     """
     target = Path(path).resolve()
+    above = next(parent for parent in target.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        why = "is read-only" if above.is_dir() else "is a file"
+        raise MixheadError(f"{target} cannot be made, since {above} {why}: name a folder elsewhere.")
     restore(target)
     if not target.exists():
         return target
@@ -226,7 +230,9 @@ def check_size(file: Path) -> None:
 
 def architecture_of(config: PreTrainedConfig) -> str:
     """The class that a model was saved from, by its name; "" where the configuration does not say."""
-    name = (config.architectures or [""])[0]
+    name = next(iter(config.architectures or ()), "")
+    if not isinstance(config.architectures or [], list) or not isinstance(name, str):
+        raise MixheadError(f"The configuration names {config.architectures!r} as its architectures: a list of names.")
     return name.removeprefix("MoH") if hasattr(config, "base_config_class") else name
 
 
@@ -309,6 +315,12 @@ def load_as(model_class: Any, folder: Path, config: PreTrainedConfig, dtype: Any
         ),
         f"The model in {folder} cannot be loaded: a file is truncated or corrupt, or they do not belong together",
     )
+    if getattr(config, "moh", None) is not None and not isinstance(model, MoHModelMixin):
+        raise MixheadError(
+            f"{folder / CONFIG} says which heads each layer uses (moh), but not that the model is a converted one "
+            "(quantization_config): it was changed, or written by another way than save_pretrained. Save the model "
+            "again with mixhead.save."
+        )
     missing = sorted(info["missing_keys"])
     unexpected = sorted(info["unexpected_keys"]) if isinstance(model, MoHModelMixin) else []
     if missing or unexpected:

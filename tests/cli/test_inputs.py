@@ -392,3 +392,15 @@ def test_what_stands_already_is_not_overwritten(folders, tmp_path, capsys, monke
     assert run([*command, *wanted, "--overwrite"]) == 0
     refused(["convert", folders["llama"], folders["llama"]], capsys, "--overwrite")
     refused(["vocabulary", folders["llama"], "a.txt"], capsys, "--overwrite")
+
+
+def test_a_model_without_heads_is_measured_and_writes(text, tmp_path):
+    mamba = t.MambaForCausalLM(t.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=8))
+    folder = saved(mamba, tmp_path / "mamba")
+    [row] = table_of([folder], text, tmp_path)["rows"]
+    assert row["heads"] == 0 and row["perplexity_value"] > 1
+    assert run(["generate", folder, "--prompt", "the", "--max-new-tokens", "3"]) == 0
+
+
+def test_a_model_that_fills_no_gaps(folders, capsys):
+    refused(["fill-mask", folders["llama"], "the [MASK]"], capsys, "holds LlamaForCausalLM, which fills no gaps")

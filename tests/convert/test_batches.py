@@ -31,6 +31,7 @@ def test_what_a_tokenizer_returns_is_taken():
 
 
 REFUSED = {
+    "None": ("llama", lambda: None, "batches must be a list of batches"),
     "a text": ("llama", lambda: "some text", "batches must be a list of batches"),
     "texts": ("llama", lambda: ["some text", "more"], "but it is a str: cut the text into token ids"),
     "texts by name": ("llama", lambda: [{"text": ["some text"]}], "'text' of a batch holds text: cut the text"),

@@ -172,7 +172,7 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MixheadError, match="exists and is a file"):
         store.save(converted(), None, tmp_path / "file", overwrite=True)
-    with pytest.raises(MixheadError, match=r"could not be written: (Not a directory|File exists)"):
+    with pytest.raises(MixheadError, match=r"cannot be made, since .*file is a file: name a folder elsewhere"):
         store.save(converted(), None, tmp_path / "file" / "below")
 
 
@@ -233,6 +233,11 @@ def edit(file: Path, **changes):
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
 
 
+def described(folder: Path, **changes):
+    moh = json.loads((folder / "config.json").read_text())["moh"]
+    edit(folder / "config.json", moh={**moh, **changes})
+
+
 DAMAGES = {
     "no folder": (lambda f: shutil.rmtree(f), "There is no model folder"),
     "no configuration": (lambda f: (f / "config.json").unlink(), r"is no model folder: config\.json is missing"),
@@ -266,6 +271,14 @@ DAMAGES = {
         lambda f: edit(f / "config.json", moh={**json.loads((f / "config.json").read_text())["moh"], "layers": []}),
         "describes 0 attention layers, but the model has 2",
     ),
+    "another router": (lambda f: described(f, router=["linear"]), "does not say which heads"),
+    "a word as a number": (lambda f: described(f, balance_coefficient="much"), "does not say which heads"),
+    "no sign of a converted model": (
+        lambda f: edit(f / "config.json", quantization_config=..., transformers_weights=...),
+        "says which heads each layer uses",
+    ),
+    "a number as architecture": (lambda f: edit(f / "config.json", architectures=[5]), "a list of names"),
+    "a name as architectures": (lambda f: edit(f / "config.json", architectures="Llama"), "a list of names"),
     "another architecture": (lambda f: edit(f / "config.json", architectures=["MoHGhost"]), "names MoHGhost"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "is empty: download it again"),

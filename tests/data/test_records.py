@@ -15,6 +15,7 @@ def written(tmp_path, name):
         ".jsonl": "\n".join(json.dumps(row) for row in ROWS) + "\n\n",
         ".ndjson": "\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS),
         ".json": json.dumps(ROWS),
+        ".tsv": 'text\tother\n"one — two"\teins\n"three\nfour"\tdrei\n',
         ".csv": 'text,other\n"one — two",eins\n"three\nfour",drei\n',
     }
     file = tmp_path / name
@@ -22,7 +23,7 @@ def written(tmp_path, name):
     return file
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.csv", "A.JSONL"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.tsv", "A.JSONL"])
 def test_documents_are_the_field_text_or_the_one_that_is_named(name, tmp_path):
     if name.isupper():
         (tmp_path / name).write_text(json.dumps(ROWS[0]))

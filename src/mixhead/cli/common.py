@@ -30,7 +30,7 @@ DTYPE_HELP = (
 OVERWRITE_HELP = "Replace what stands there."
 WINDOW_HELP = f"Tokens in a window; by default {WINDOW}, or as many as the model has positions."
 TEXT_HELP = (
-    "A UTF-8 text file; records (.jsonl, .json, .csv) with a field `text`, or FILE:FIELD; or `addresses`, "
+    "A UTF-8 text file; records (.jsonl, .json, .csv, .tsv) with a field `text`, or FILE:FIELD; or `addresses`, "
     "`addresses:train`, `addresses:test`…: the addresses that come with mixhead."
 )
 

@@ -22,7 +22,7 @@ def checked_batches(model: nn.Module, batches: Iterable[Batch]) -> list[dict[str
     Raises:
         MixheadError: where there is none, or something that the model cannot take.
     """
-    if isinstance(batches, str | bytes | Mapping | Tensor | np.ndarray):
+    if isinstance(batches, str | bytes | Mapping | Tensor | np.ndarray) or not isinstance(batches, Iterable):
         raise MixheadError(
             f"batches must be a list of batches, each a tensor or a mapping of keyword arguments, but it is a "
             f"{type(batches).__name__}: {hint_for(batches)}"

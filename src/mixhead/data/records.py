@@ -1,4 +1,4 @@
-"""Files of records (JSON, JSON lines, CSV), each with a document in one of its fields."""
+"""Files of records (JSON, JSON lines, tables), each with a document in one of its fields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mixhead.errors import MixheadError, first_line, listed
 
 FIELD = "text"
 JSON_LINES = (".jsonl", ".ndjson")
-RECORDS = frozenset((*JSON_LINES, ".json", ".csv"))
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+RECORDS = frozenset((*JSON_LINES, ".json", *SEPARATORS))
 
 
 def documents_of(path: Path, content: str, field: str = FIELD) -> list[str]:
@@ -37,8 +38,8 @@ def documents_of(path: Path, content: str, field: str = FIELD) -> list[str]:
 def _records(path: Path, content: str) -> Iterator[tuple[str, Any]]:
     """Each record, and where it stands."""
     suffix = path.suffix.lower()
-    if suffix == ".csv":
-        yield from ((f"Row {row}", record) for row, record in enumerate(_rows(content, path), 1))
+    if suffix in SEPARATORS:
+        yield from ((f"Row {row}", record) for row, record in enumerate(_rows(content, path, SEPARATORS[suffix]), 1))
     elif suffix in JSON_LINES:
         for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
@@ -50,13 +51,13 @@ def _records(path: Path, content: str) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _rows(content: str, path: Path) -> list[dict[str, str]]:
+def _rows(content: str, path: Path, separator: str) -> list[dict[str, str]]:
     """The rows of a table, whose fields may be long: they are documents."""
     shorter = csv.field_size_limit(sys.maxsize)
     try:
-        return list(csv.DictReader(io.StringIO(content, newline="")))
+        return list(csv.DictReader(io.StringIO(content, newline=""), delimiter=separator))
     except csv.Error as error:
-        raise MixheadError(f"{path} is no table of comma-separated values ({error}).") from None
+        raise MixheadError(f"{path} is no table of values between {separator!r} ({error}).") from None
     finally:
         csv.field_size_limit(shorter)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 import mixhead
 from mixhead import MoHConfig
@@ -113,4 +113,11 @@ def test_a_dense_model_has_nothing_to_record():
     model = mixhead.revert(make())
     with mixhead.keep_routing(model) as log:
         model(ids())
+    assert log.load() == {}
+
+
+def test_a_model_whose_cache_has_no_positions_is_left_alone():
+    model = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=4)).eval()
+    with mixhead.keep_routing(model) as log:
+        model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert log.load() == {}

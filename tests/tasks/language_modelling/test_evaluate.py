@@ -18,14 +18,23 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from mixhead.data.text import addresses, text_source
 from mixhead.errors import MixheadError
+from mixhead.tasks.language_modelling.comparison_table import Row
 from mixhead.tasks.language_modelling.evaluate import (
     Accuracy,
     Perplexity,
     gap_band,
+    heads_of,
     perplexity,
     ratio_band,
 )
@@ -332,3 +341,15 @@ class TestTasks:
         )
         assert done.returncode == 0, done.stderr
         assert CLOZE in done.stdout and CHOICE in done.stdout and "acc_norm" in done.stdout
+
+
+def test_a_model_without_heads_has_none_in_the_table() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=4))
+    row = Row("mamba", *heads_of(model), None, Perplexity(3.0, 100, 1.0))
+    assert row.heads_active == "—"
+
+
+def test_heads_of_the_language_model_inside_a_larger_one() -> None:
+    text = {"num_attention_heads": 4, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+    model = SimpleNamespace(config=LlavaConfig(text_config=LlamaConfig(**text)))
+    assert heads_of(model) == (4, 4)  # type: ignore[arg-type]

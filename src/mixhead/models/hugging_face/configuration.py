@@ -93,6 +93,8 @@ def check_description(moh: Any) -> None:
     fields = {"layers", "router", "group_balanced", "balance_coefficient", "original_attention"}
     counts = ("num_heads", "active_heads", "shared_heads")
     known = isinstance(moh, dict) and fields <= {*moh} and isinstance(moh["layers"], list)
+    known = known and isinstance(moh["router"], str) and isinstance(moh["group_balanced"], bool)
+    known = known and isinstance(moh["balance_coefficient"], int | float)
     if not known or not all(
         isinstance(layer, dict) and {*layer} == {*counts} and all(type(layer[count]) is int for count in counts)
         for layer in moh["layers"]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mixhead.errors import MixheadError
+from mixhead.errors import MixheadError, first_line
 from mixhead.tasks.image_generation.features import SPATIAL_CHANNELS, FeatureExtractor, Features, colour
 
 SIDE = 299
@@ -186,7 +186,9 @@ class InceptionFeatures(FeatureExtractor):
             self.network = InceptionV3()
             missing, unexpected = self.network.load_state_dict(state, strict=False)
         except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise MixheadError(f"{weights} holds no weights of Inception-v3 that can be read ({error}).") from error
+            raise MixheadError(
+                f"{weights} holds no weights of Inception-v3 that can be read ({first_line(error)})."
+            ) from error
         lost = [name for name in missing if not name.endswith("num_batches_tracked")]
         if lost or unexpected:
             raise MixheadError(

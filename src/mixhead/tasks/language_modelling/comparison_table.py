@@ -22,7 +22,7 @@ class Row:
     Attributes:
         name: what the model is, for example "original" or "mixhead, calibrated and tuned".
         active_heads: heads that a token uses, the mean over layers; may be broken.
-        heads: heads of a layer.
+        heads: heads of a layer; 0, as active_heads, where the model has none.
         tuning_tokens: tokens that it was tuned on, 0 if it was not; None where nobody knows, as of a model that was
             found in a folder.
         perplexity: on held-out text.
@@ -43,7 +43,7 @@ class Row:
     original: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.active_heads <= self.heads:
+        if not (0 < self.active_heads <= self.heads or self.active_heads == self.heads == 0):
             raise MixheadError(
                 f"The row {self.name!r} states {self.active_heads:g} active heads of {self.heads}; "
                 f"give a number above 0 and at most {self.heads}."
@@ -54,6 +54,8 @@ class Row:
     @property
     def heads_active(self) -> str:
         """For example "7 of 9 (77.8%)"."""
+        if self.heads == 0:
+            return "—"
         active = f"{self.active_heads:.2f}".rstrip("0").rstrip(".")
         return f"{active} of {self.heads} ({100 * self.active_heads / self.heads:.1f}%)"
 

@@ -162,12 +162,18 @@ def _window_nll(model: nn.Module, ids_BT: Tensor, autocast: torch.dtype | None, 
 
 
 def heads_of(model: PreTrainedModel) -> tuple[float, int]:
-    """(heads that a token uses in an average layer, heads of a layer) of a language model, converted or not."""
+    """(heads that a token uses in an average layer, heads of a layer) of a language model, converted or not.
+
+    (0, 0) of one that has none, as Mamba, and where its configuration states no one number for all layers.
+    """
     if isinstance(model, MoHModelMixin):
         layers = model.config.moh["layers"]
         return sum(layer["active_heads"] for layer in layers) / len(layers), layers[0]["num_heads"]
-    heads = model.config.num_attention_heads
-    return heads, heads
+    try:
+        heads = model.config.get_text_config(decoder=True).num_attention_heads
+    except (AttributeError, RuntimeError):  # the latter where layers differ
+        heads = 0
+    return (heads, heads) if isinstance(heads, int) else (0, 0)
 
 
 def ratio_band(new: Perplexity, base: Perplexity) -> tuple[float, float]:

@@ -17,7 +17,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mixhead.data.order import SEED_STRIDE, ShuffledRounds
 from mixhead.data.text import NAMED, Split, read_text_file, text_source
@@ -177,7 +177,13 @@ def load_masked_lm(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedToken
         raise MixheadError(f"The vocabulary in {folder} has no mask, so its model cannot fill gaps.")
     check_indexes(Path(folder))
     try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        if type(config) not in AutoModelForMaskedLM._model_mapping:
+            name = (config.architectures or [f"a model of type {config.model_type}"])[0]
+            raise MixheadError(f"{folder} holds {name}, which fills no gaps: give a masked language model.")
         model = AutoModelForMaskedLM.from_pretrained(str(folder), local_files_only=True)
+    except MixheadError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise MixheadError(
             f"The model in {folder} cannot be read as a masked language model ({first_line(error)})."
