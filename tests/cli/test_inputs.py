@@ -367,6 +367,7 @@ def test_evaluation_looks_at_everything_first(options, word, folders, capsys, mo
         (["--layer", "7"], "No layer '7' routes: choose one of 0, 1."),
         (["--plot", "a.bmp"], "is written as .png, .svg, .pdf"),
         (["--plot", "a.png", "--figure", "none"], "There is no figure 'none'"),
+        (["--figure", "loads"], "give --plot FILE too"),
         (["--plot", "a.png", "--by", "class"], "not grouped by 'class'"),
         (["--out", "no/where.html"], "there is no folder"),
     ],

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from transformers import BatchEncoding
-from zoo import ZOO, pixels, tokens
+from transformers import BatchEncoding, BertConfig, BertForMultipleChoice
+from zoo import SIZES, ZOO, pixels, tokens
 
 import mixhead
 from mixhead import MixheadError
@@ -74,3 +74,11 @@ def test_a_diffusion_transformer_wants_more_than_images():
         mixhead.calibrate(dit, [torch.randn(2, 4, 8, 8)])
     with pytest.raises(MixheadError, match=r"unknown pixel_values, missing x, t, y"):
         mixhead.calibrate(dit, [{"pixel_values": torch.randn(2, 4, 8, 8)}])
+
+
+def test_texts_to_choose_among_come_in_threes():
+    torch.manual_seed(0)
+    model = mixhead.convert(BertForMultipleChoice(BertConfig(**SIZES)).eval(), mixhead.MoHConfig(active=0.5))
+    choices = tokens(6).unflatten(0, (2, 3))
+    mixhead.calibrate(model, [{"input_ids": choices}])
+    assert model(input_ids=choices).logits.shape == (2, 3)

@@ -86,6 +86,8 @@ def check_targets(
 
     if plot is not None:
         check_figure(plot, figure)
+    elif figure is not None:
+        raise MixheadError(f"The figure {figure!r} needs a file to be written to: give --plot FILE too.")
     for file in (page, plot):
         check_new(file, overwrite=overwrite)
     if save is not None and recording_exists(checked_path(save)) and not overwrite:

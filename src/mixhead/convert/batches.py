@@ -96,13 +96,14 @@ def check_names(model: nn.Module, batch: Mapping[str, Any]) -> None:
 
 
 def check_token_ids(model: nn.Module, ids_BN: Tensor) -> None:
-    """Raises where these are no token ids of the model, [B, N]."""
+    """Raises where these are no token ids of the model, [B, N], or [B, choices, N] of one that chooses among texts."""
     if ids_BN.is_floating_point():
         raise MixheadError(
             f"A batch of token ids must hold integers, but it is {ids_BN.dtype} of shape {list(ids_BN.shape)}: "
             f"{type(model).__name__} reads text. Give images under the name of their argument."
         )
-    if ids_BN.dim() != 2:
+    chooses = type(model).__name__.endswith(("ForMultipleChoice", "DoubleHeadsModel"))
+    if ids_BN.dim() != 2 and not (chooses and ids_BN.dim() == 3):
         raise MixheadError(f"A batch of token ids must have the shape [texts, tokens], not {list(ids_BN.shape)}.")
     check_ids(model, ids_BN)
-    check_length(model, ids_BN.shape[1], "A batch")
+    check_length(model, ids_BN.shape[-1], "A batch")
