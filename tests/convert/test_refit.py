@@ -114,3 +114,13 @@ def test_calibrate_does_it_where_heads_are_skipped_and_nowhere_else(name):
     assert torch.equal(before[first], weights(model)[first])
     assert not torch.equal(before[second], weights(model)[second])
     assert report.layers[0].expected_loss == 0.0 <= report.layers[1].expected_loss < 1.0
+
+
+@pytest.mark.parametrize("weight", ["v_proj", "o_proj"])
+def test_a_layer_of_zeros_stays_one(weight):
+    model = ZOO["llama"].make()
+    for layer in model.model.layers:
+        getattr(layer.self_attn, weight).weight.data.zero_()
+    expected = model(tokens()).logits
+    mixhead.calibrate(mixhead.convert(model, MoHConfig(active=0.5)), [tokens()])
+    torch.testing.assert_close(model(tokens()).logits, expected)

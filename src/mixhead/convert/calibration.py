@@ -204,6 +204,7 @@ class Calibration:
             shared = {site.name: self.choose_shared(i, fits[site.name]) for i, site in enumerate(self.sites)}
             counts = {site.name: self.candidate_counts(i) for i, site in enumerate(self.sites)}
             losses, totals = self.measure_losses(fits, shared, counts)
+            totals = {name: total or 1.0 for name, total in totals.items()}  # a layer of zeros loses nothing
             sensitivity: dict[str, float] = {}
             if self.by_sensitivity:
                 sensitivity = self.probe(fits, shared)

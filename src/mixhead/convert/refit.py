@@ -57,6 +57,9 @@ class OutputSums(Statistics):
 
         `ridge` is relative to the mean square of the inputs. A projection without bias gets none.
         """
+        energy = self.energy[site.name]
+        if energy == 0:  # A layer of zeros, as pruning leaves: nothing to fit, and nothing is lost.
+            return 0.0
         weight_YC, bias_C = site.output_weight_YC(), cast(Any, site.output_projection).bias
         size = weight_YC.shape[0] + (bias_C is not None)
         gram, cross = self.gram[site.name][:size, :size], self.cross[site.name][:size]
@@ -68,6 +71,5 @@ class OutputSums(Statistics):
         weight_YC.copy_(fitted[: weight_YC.shape[0]])
         if bias_C is not None:
             bias_C.add_(fitted[-1].to(bias_C.dtype))
-        energy = self.energy[site.name]
         lost = energy - 2 * (fitted * cross).sum() + (fitted * (gram @ fitted)).sum()
         return float((lost / energy).clamp(min=0.0))
