@@ -391,7 +391,8 @@ def test_what_stands_already_is_not_overwritten(folders, tmp_path, capsys, monke
         refused([*command, *options], capsys, "--overwrite")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == written
     assert run([*command, *wanted, "--overwrite"]) == 0
-    refused(["convert", folders["llama"], folders["llama"]], capsys, "--overwrite")
+    refused(["convert", folders["llama"], folders["gpt2"]], capsys, "--overwrite")
+    refused(["convert", folders["llama"], folders["llama"], "--overwrite"], capsys, "would be lost")
     refused(["vocabulary", folders["llama"], "a.txt"], capsys, "--overwrite")
 
 

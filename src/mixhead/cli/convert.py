@@ -74,6 +74,8 @@ def convert(
     from mixhead.precision import autocast_dtype
 
     folder = model_folder(source)
+    if folder.resolve() == out.resolve():
+        raise MixheadError(f"{out} is the model that is converted, which would be lost: name another folder.")
     config = MoHConfig(
         active=active,
         shared=shared,
