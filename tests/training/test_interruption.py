@@ -27,8 +27,8 @@ import os, sys, time
 from pathlib import Path
 from mixhead.training.lock import only_run_in
 with only_run_in(Path(sys.argv[1])):
-    if os.fork():
-        print("held", flush=True)
+    if not os.fork():
+        print("held", flush=True)  # by the child, which has let go of the lock by then
     time.sleep(60)
 """
 
